@@ -1,0 +1,72 @@
+"""Every profile composes; every wrong setting is refused by name."""
+import pytest
+import yaml
+
+from dpag import config
+
+PROFILES = ["smoke", "laptop", "workstation", "paper"]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("demos", ["scripted", "human"])
+def test_profiles_compose(profile, demos):
+    s = config.validate(config.compose(profile, demos))
+    assert s.run == [f"{profile}-{demos}"]
+
+
+def test_params_is_the_laptop_profile():
+    "What is committed is the default; a hand edit is for experiments."
+    assert yaml.safe_load((config.root() / "params.yaml").read_text()) == config.compose("laptop", "scripted")
+
+
+def test_paper_profile_is_the_papers():
+    p = config.validate(config.compose("paper", "human")).policy
+    assert (p.net.kind, p.diffusion.prediction, p.action_frame, p.diffusion.n_train_steps, p.diffusion.sampler) == ("unet", "epsilon", "absolute", 100, "ddpm")
+
+
+CASES = [
+    ({"train.learning_rate": 1e-3}, ["train.learning_rate", "Extra inputs"]),
+    ({"train.lr": -1.0}, ["train.lr = -1.0", "greater than 0"]),
+    ({"train.batch_size": 1}, ["train.batch_size = 1", "greater than or equal to 2"]),
+    ({"policy.horizon": 8}, ["policy", "n_action_steps + n_obs_steps - 1 = 9"]),
+    ({"policy.action_frame": "polar"}, ["policy.action_frame = 'polar'", "'absolute' or 'relative'"]),
+    ({"policy.horizon": 18, "policy.net": {"kind": "unet", "channels": [16, 32, 64], "kernel_size": 5, "n_groups": 8, "step_dim": 16}}, ["horizon = 18", "divisible by 4"]),
+    ({"policy.net": {"kind": "unet", "channels": [12], "kernel_size": 5, "n_groups": 8, "step_dim": 16}}, ["[12]", "divisible by net.n_groups = 8"]),
+    ({"policy.net.kind": "transformer"}, ["policy.net", "'mlp'"]),
+    ({"policy.diffusion.n_sample_steps": 101}, ["n_sample_steps = 101", "at most n_train_steps = 100"]),
+    ({"policy.diffusion.target_temperature": 0.4}, ["target_temperature = 0.4", "epsilon"]),
+    ({"methods.dp_ag.guidance.vjp": "normalized"}, ["methods.dp_ag.guidance.vjp = 'normalized'", "'unit' or 'raw'"]),
+    ({"pusht.demo_seed": 100}, ["pusht.demo_seed = 100", "not tested on states"]),
+    ({"pipeline.methods": ["dp", "dpag"]}, ["dpag", "allowed are ['dp', 'dp_ag']"]),
+    ({"run": ["laptop-human"]}, ["run", "laptop-scripted"]),
+]
+
+
+@pytest.mark.parametrize("changes,words", CASES, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(CASES)])
+def test_wrong_settings_are_refused_by_name(changes, words):
+    tree = config.compose("laptop", "scripted")
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        node = tree
+        for p in path: node = node[p]
+        node[last] = value
+    with pytest.raises(config.SettingsError) as e: config.validate(tree)
+    for w in words: assert w in str(e.value)
+
+
+@pytest.mark.parametrize("profile,demos,word", [("huge", "scripted", "laptop"), ("laptop", "robot", "human")])
+def test_unknown_profile_and_source(profile, demos, word):
+    with pytest.raises(config.SettingsError, match=word): config.compose(profile, demos)
+
+
+def test_hand_edits_survive_select(tmp_path, monkeypatch):
+    tree = config.compose("laptop", "scripted")
+    tree["methods"]["dp_ag"]["guidance"]["gamma"] = 7.5
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "settings.ini").touch()
+    (tmp_path / "conf").symlink_to(config.root() / "conf")
+    monkeypatch.setattr(config, "root", lambda: tmp_path)
+    assert config.select("laptop", "scripted") == [f"methods.dp_ag.guidance.gamma: 7.5 (conf/: {config.compose('laptop', 'scripted')['methods']['dp_ag']['guidance']['gamma']})"]
+    assert config.load(tmp_path / "params.yaml").methods["dp_ag"].guidance.gamma == 7.5
+    config.select("smoke", "scripted")
+    assert config.load(tmp_path / "params.yaml").profile == "smoke"

@@ -1,0 +1,119 @@
+"""The method against its formulas, computed another way."""
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from dpag import config
+from dpag.diffusion import Diffusion
+from dpag.guidance import contrastive_loss, drift_bound, evolve_latent, kl_loss, latent_vjp
+from dpag.policy import build_policy
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 2)])
+def test_vjp_is_the_explicit_jacobian_transposed_times_the_prediction(shape):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, math.prod(shape))).double()
+    z = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    f = lambda z: net(z).unflatten(1, shape)
+    got = latent_vjp(f(z), z, scale="raw", detach=True)
+    for i in range(6):
+        jac = torch.autograd.functional.jacobian(lambda v: f(v[None])[0].flatten(), z[i].detach())
+        assert torch.allclose(got[i], jac.T @ f(z)[i].flatten().detach(), atol=1e-12)
+    unit = latent_vjp(f(z), z, scale="unit", detach=True)
+    assert torch.allclose(unit.norm(dim=1), torch.ones(6, dtype=torch.float64))
+    assert torch.allclose(unit, got / got.norm(dim=1, keepdim=True))
+
+
+def test_undetached_vjp_differentiates_both_its_factors():
+    "d/dW of sum(VJP) for eps = z W^T is known: VJP = z W^T W."
+    W = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    z = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    latent_vjp(z @ W.T, z, scale="raw", detach=False).sum().backward()
+    got = W.grad.clone()
+    W2 = W.detach().clone().requires_grad_()
+    (z.detach() @ W2.T @ W2).sum().backward()
+    assert torch.allclose(got, W2.grad)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_contrastive_loss_is_the_loop_from_the_formula(inside):
+    g = torch.Generator().manual_seed(1)
+    a, b, tau = torch.randn(5, 4, 2, generator=g, dtype=torch.float64), torch.randn(5, 4, 2, generator=g, dtype=torch.float64), 0.7
+    total = 0.0
+    for i in range(5):
+        sims = [torch.dot(a[i].flatten(), b[j].flatten()) / a[i].norm() / b[j].norm() for j in range(5)]
+        denominator = sum(math.exp(sims[j] / tau) for j in range(5) if inside or j != i)
+        total -= math.log(math.exp(sims[i] / tau) / denominator) / 5
+    assert contrastive_loss(a, b, temperature=tau, positive_in_denominator=inside).item() == pytest.approx(total, abs=1e-12)
+
+
+def test_contrastive_loss_does_not_depend_on_the_order_of_the_batch():
+    a, b = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    p = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    kw = dict(temperature=0.5, positive_in_denominator=False)
+    assert contrastive_loss(a[p], b[p], **kw).item() == pytest.approx(contrastive_loss(a, b, **kw).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("prior", ["latent", "standard"])
+def test_kl_is_torchs(prior):
+    mu, logvar, z = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    centre = z if prior == "latent" else torch.zeros_like(z)
+    want = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(centre, torch.ones_like(z))).sum(1).mean()
+    assert kl_loss(mu, logvar, z, prior=prior).item() == pytest.approx(want.item(), abs=1e-12)
+
+
+def test_drift_bound_is_the_theorems():
+    assert drift_bound(lipschitz=2.0, temperature=0.5, batch_size=11, alpha=-1.0) == pytest.approx(2 * 4 * (2 - 0.5 * math.log(10) - 0.5))
+
+
+def _grads(settings, small, shapes, dataset, **changes):
+    method = config.Method(guidance=settings.methods["dp_ag"].guidance.model_copy(update=changes))
+    torch.manual_seed(0)
+    policy = build_policy(method, small, shapes, dataset)
+    policy.loss(dataset.batch(16, config.generator("b")), config.generator("n"))["loss"].backward()
+    return policy.encoder.mu.weight.grad, policy.encoder.logvar.weight.grad
+
+
+def test_gradients_reach_the_encoder_through_sigma_and_through_the_evolved_branch(settings, small, shapes, dataset):
+    alone = dict(contrastive_weight=0.0, kl_weight=0.0, denoise_on="evolved")
+    mu, logvar = _grads(settings, small, shapes, dataset, **alone, vjp_detach=True)
+    assert mu.abs().sum() > 0 and logvar.abs().sum() > 0          # σ scales the step, so it is taught by the evolved prediction alone
+    mu2, _ = _grads(settings, small, shapes, dataset, **alone, vjp_detach=False)
+    assert not torch.allclose(mu, mu2)                            # and the VJP itself carries gradient when not detached
+    _, none = _grads(settings, small, shapes, dataset, **alone, vjp_detach=True, gamma=0.0)
+    assert none is None or none.abs().sum() == 0                  # γ = 0 cuts σ off
+
+
+def test_static_denoising_never_teaches_the_evolved_branch(settings, small, shapes, dataset):
+    one = _grads(settings, small, shapes, dataset, contrastive_weight=0.0, kl_weight=0.0, denoise_on="static", gamma=1.0)
+    two = _grads(settings, small, shapes, dataset, contrastive_weight=0.0, kl_weight=0.0, denoise_on="static", gamma=9.0)
+    assert torch.equal(one[0], two[0])
+
+
+@pytest.mark.parametrize("sampler,steps", [("ddim", 50), ("ddpm", 100)])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_samplers_recover_a_known_gaussian(sampler, steps, prediction):
+    m, s = -0.4, 0.25
+    d = Diffusion(n_train_steps=100, schedule="squaredcos_cap_v2", prediction=prediction, sampler=sampler, n_sample_steps=steps, clip=5.0, target_temperature=1.0)
+
+    def best(x, k):
+        a, b = d.levels(k)
+        eps = b * (x - a * m) / (a**2 * s**2 + b**2)
+        clean = (x - b * eps) / a
+        return {"epsilon": eps, "sample": clean, "v_prediction": a * eps - b * clean}[prediction]
+
+    x = d.sample(best, (6000, 1, 1), torch.Generator().manual_seed(0))
+    assert x.mean().item() == pytest.approx(m, abs=0.02) and x.std().item() == pytest.approx(s, abs=0.02)
+
+
+def test_low_temperature_target_scales_noise():
+    kw = dict(n_train_steps=10, schedule="linear", prediction="epsilon", sampler="ddpm", n_sample_steps=10, clip=1.0)
+    noise, k = torch.randn(2, 3, 1), torch.tensor([1, 2])
+    assert torch.equal(Diffusion(**kw, target_temperature=0.4).target(noise, noise, k), noise / 0.4)
+
+
+def test_evolved_latent_formula():
+    mu, sigma, v = torch.randn(3, 2, 4)
+    assert torch.equal(evolve_latent(mu, sigma, v, gamma=2.5), mu + 2.5 * sigma * v)

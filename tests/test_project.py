@@ -1,0 +1,119 @@
+"""Floors, tables, pipeline, and what is committed."""
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dpag.config import root
+from dpag.data import load_demonstrations, window_indices
+from dpag.pipeline import stage_graph
+from dpag.report import check_tables, matrix, pusht_rows
+from dpag.rollout import rollout
+from dpag.stats import bootstrap_mean, clopper_pearson
+from dpag.tasks.base import get_task
+
+FLOORS = ["config", "data", "encoder", "noise_net", "diffusion", "guidance", "policy", "tasks.base", "tasks.pusht_expert", "tasks.pusht", "tasks.spirals", "train", "rollout", "stats", "report", "pipeline"]
+
+
+def test_no_module_imports_from_a_higher_floor():
+    for path in (root() / "dpag").rglob("*.py"):
+        name = ".".join(path.relative_to(root() / "dpag").with_suffix("").parts)
+        if name.endswith("__init__") or name == "_modidx": continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dpag"):
+                module = node.module.removeprefix("dpag").lstrip(".")
+                for target in [module] if module else [a.name for a in node.names if a.name != "__version__"]:
+                    assert FLOORS.index(target) < FLOORS.index(name), f"{name} imports {target}"
+
+
+def test_tables_follow_from_the_committed_rows():
+    assert check_tables(root() / "results") == []
+
+
+def test_a_changed_row_is_noticed(tmp_path):
+    import shutil
+    shutil.copytree(root() / "results", tmp_path / "results", ignore=shutil.ignore_patterns("train", "notebooks"))
+    path = sorted((tmp_path / "results/eval").glob("*/*/*/*/episodes.csv"))[0]
+    rows = pd.read_csv(path); rows.loc[0, "score"] = 1 - rows.loc[0, "score"]; rows.to_csv(path, index=False)
+    assert any("pusht.csv" in w for w in check_tables(tmp_path / "results"))
+
+
+def test_committed_rows_have_the_promised_columns():
+    files = list((root() / "results/eval").glob("*/*/*/*/episodes.csv"))
+    assert files
+    for f in files:
+        assert list(pd.read_csv(f, nrows=1).columns) == ["seed", "score", "success", "steps", "jerk_agent", "jerk_action", "act_ms_p50", "act_ms_p99"]
+        run = pd.read_json(f.parent / "run.json", typ="series")
+        assert {"profile", "demos", "data_hash", "settings_hash", "commit", "device", "n_parameters", "step", "train_seconds"} <= set(run.index)
+
+
+def test_pipeline_graph():
+    graph = stage_graph()
+    trains = [s for s in graph if s.startswith("train@")]
+    assert trains and all(any(d.startswith("data@") for d in graph[s]) for s in trains)
+    report = next(s for s in graph if s.startswith("report@"))
+    assert {s for s in graph if s.startswith("evaluate@")} <= graph[report] and any(s.startswith("spirals") for s in graph[report])
+
+
+def test_notebook_cells_are_readable():
+    "Exported cells stay under 40 lines unless they are one class; library notebooks are saved with outputs, experiments without."
+    import json
+    for path in (root() / "nbs").rglob("*.ipynb"):
+        if ".ipynb_checkpoints" in path.parts: continue
+        code = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        for c in code:
+            src = "".join(c["source"])
+            if not re.match(r"#\|\s*export", src): continue
+            body = [l for l in src.splitlines() if l.strip() and not l.startswith("#|")]
+            assert len(body) <= 40 or body[0].startswith("class ") , f"{path.name}: {body[0]}: {len(body)} lines"
+        ran = any(c["outputs"] for c in code)
+        assert ran == ("experiments" not in path.parts), f"{path.name}: outputs {'present' if ran else 'missing'}"
+
+
+def test_nothing_committed_names_a_machine():
+    files = subprocess.run(["git", "-C", str(root()), "ls-files"], capture_output=True, text=True).stdout.split()
+    for f in files:
+        p = root() / f
+        if p.suffix in (".png", ".gif") or not p.exists(): continue
+        assert not re.search(r"/(root|home|work)/\w", p.read_text(errors="ignore")), f
+
+
+@pytest.mark.parametrize("horizon,obs,act", [(16, 2, 8), (4, 1, 4), (8, 3, 2)])
+def test_windows_cover_every_step_and_stay_inside(horizon, obs, act):
+    ends = np.array([3, 40, 41, 90])
+    idx, owner = window_indices(ends, horizon=horizon, n_obs_steps=obs, n_action_steps=act)
+    starts = np.concatenate([[0], ends[:-1]])
+    assert (idx >= starts[owner][:, None]).all() and (idx < ends[owner][:, None]).all()
+    executed_first = {t for t in idx[:, obs - 1]}
+    long = [i for i in range(4) if ends[i] - starts[i] >= horizon]
+    for i in long: assert set(range(starts[i], ends[i] - horizon + act + obs - 1)) <= executed_first
+
+
+def test_rollout_is_reproducible_and_counts_every_episode(settings):
+    task = get_task("pusht_kp", settings)
+    class Wander:
+        def act(self, obs, generator):
+            import torch
+            return obs["agent_pos"][:, -1:] + 80 * torch.randn(len(obs["agent_pos"]), 8, 2, generator=generator)
+    a, _ = rollout(Wander(), task.make_env, range(3), max_steps=40, n_obs_steps=2)
+    b, films = rollout(Wander(), task.make_env, range(3), max_steps=40, n_obs_steps=2, n_films=1)
+    pd.testing.assert_frame_equal(a, b)
+    assert a.seed.tolist() == [0, 1, 2] and len(films[0]) == a.steps[0] + 1
+
+
+def test_interval_of_a_certain_score_is_a_point():
+    assert bootstrap_mean(np.ones((3, 5)), n_boot=50) == (1, 1, 1)
+    low, high = clopper_pearson(7, 10)
+    assert low == pytest.approx(0.3475, abs=1e-3) and high == pytest.approx(0.9333, abs=1e-3)
+
+
+def test_cells_that_were_not_run_stay_empty():
+    from dpag.report import readable_pusht
+    rows = pd.DataFrame([dict(profile="laptop", demos="scripted", task="pusht_kp", method="dp", train_seed=s, seed=i, score=.5, success=0, steps=3, jerk_agent=1., jerk_action=1., act_ms_p50=1., act_ms_p99=1.) for s in (0, 1) for i in range(4)])
+    table = readable_pusht(pusht_rows(rows)).set_index("method")
+    assert table.loc["DP", "Push-T kp"].startswith("0.500") and table.loc["IBC", "Push-T kp"] == "–" and table.loc["DP", "Push-T img"] == "–"
+    with pytest.raises(ValueError, match="same initial states"): matrix(rows.iloc[1:], "score")
