@@ -112,6 +112,7 @@ class GuidedFlow(BaseFlow):
     def predict(self, b: SpiralBatch, generator=None):
         mu, logvar = self.encode(b)
         with torch.enable_grad(): path = self.evolve(mu, (0.5 * logvar).exp(), b.future_t, generator)
+        if not torch.is_grad_enabled(): path = path.detach()
         return self.decode(path, b.future_t), path
 
     def loss(self, batch, generator):
