@@ -26,10 +26,12 @@ def bootstrap_mean(scores: np.ndarray, confidence: float = 0.95, n_boot: int = 5
     scores = np.atleast_2d(np.asarray(scores, float))
     rng = np.random.default_rng(derive_seed("bootstrap", scores.shape))
     s, e = scores.shape
-    means = []
-    for _ in range(n_boot):
-        sub = scores[np.ix_(rng.integers(s, size=s), rng.integers(e, size=e))]
-        means.append(np.nanmean(sub) if np.isfinite(sub).any() else np.nan)
+    # How often each seed and each episode is drawn, replicate by replicate; the mean is then a weighted one.
+    seeds, episodes = rng.multinomial(s, np.full(s, 1 / s), n_boot), rng.multinomial(e, np.full(e, 1 / e), n_boot)
+    known = np.isfinite(scores)
+    total = ((seeds @ np.where(known, scores, 0.0)) * episodes).sum(1)
+    count = ((seeds @ known) * episodes).sum(1)
+    means = np.divide(total, count, out=np.full(n_boot, np.nan), where=count > 0)
     a = 100 * (1 - confidence) / 2
     return (float(np.nanmean(scores)), *(float(v) for v in np.nanpercentile(means, [a, 100 - a])))
 
