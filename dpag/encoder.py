@@ -18,8 +18,9 @@ def raw_features(obs: dict) -> torch.Tensor:
 def planar_features(obs: dict) -> torch.Tensor:
     """Features of a planar pushing scene, `(B, F)`.
 
-    `keypoints` is `(B, T, 2K)` with at least two corners, the first two on one edge, and `agent_pos` `(B, T, 2)`, both in px. Per step: both as they are,
-    the edge's heading (cosine, sine), and agent and its offsets in the block's frame; then the differences between consecutive steps."""
+    `keypoints` is `(B, T, 2K)`, the first two corners on one edge, and `agent_pos` `(B, T, 2)`, both in px. Per step: both as they are,
+    the edge's heading (cosine, sine), and the agent in the block's frame; then the differences between consecutive steps, and sines and cosines
+    of the last of those positions at three wavelengths, 2π · 8, 16 and 32 px."""
     kp = obs["keypoints"].float().unflatten(-1, (-1, 2))                   # (B, T, K, 2)
     agent = obs["agent_pos"].float()
     edge = kp[..., 1, :] - kp[..., 0, :]

@@ -109,7 +109,7 @@ def readable_pusht(block: pd.DataFrame) -> pd.DataFrame:
 
 def readable_details(block: pd.DataFrame) -> pd.DataFrame:
     "Everything else that was measured in the cells that were run."
-    names = {"success": "success", "score_minus_dp": "score − DP, paired", "steps": "steps", "jerk_agent": "jerk, agent", "jerk_action": "jerk, action", "act_ms_p50": "act p50, ms", "act_ms_p99": "act p99, ms"}
+    names = {"success": "success", "score_minus_dp": "score − DP, paired", "steps": "steps", "jerk_agent": "jerk, agent, (px/step³)²", "jerk_action": "jerk, action, (px/step³)²", "act_ms_p50": "act p50, ms", "act_ms_p99": "act p99, ms"}
     rows = []
     for (task, m), g in block.groupby(["task", "method"], sort=False):
         row = {"task": PUSHT_TASKS.get(task, task), "method": METHODS[m], "episodes": f"{g.n_seeds.iloc[0]} × {g.n_episodes.iloc[0]}"}
@@ -144,7 +144,7 @@ def write_table(name: str, long: pd.DataFrame, layouts: list, folder: Path) -> l
         tex.append("\n".join([f"% {caption(block)}", *[f.to_latex(index=False, escape=True) for f in frames]]))
     with atomic(paths[0]) as tmp: long.to_csv(tmp, index=False, float_format="%.6g")
     write_text(paths[1], "\n\n".join(md) + ("\n\n† As printed in the paper; a score in [0, 1] cannot spread that much.\n" if name == "pusht" else "\n"))
-    write_text(paths[2], "\n\n".join(tex).replace("†", r"$^\dagger$").replace("±", r"$\pm$").replace("–", "--").replace("−", "$-$") + "\n")
+    write_text(paths[2], "\n\n".join(tex).replace("†", r"$^\dagger$").replace("±", r"$\pm$").replace("–", "--").replace("−", "$-$").replace("³", "$^3$").replace("²", "$^2$") + "\n")
     return paths
 
 TABLES = {"pusht": (lambda results: pusht_rows(collect(results / "eval", "episodes.csv")), [readable_pusht, readable_details]),
