@@ -299,7 +299,7 @@ def select(profile: str, demos: str, reset: bool = False) -> list[str]:
     write_text(path, head + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120))
     return []
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+if __name__ == "__main__" and "__file__" in globals():      # run as a command, not as a notebook
     try:
         for line in select(*sys.argv[-2:], reset="--reset" in sys.argv): print("params.yaml differs from conf/:", line)
     except SettingsError as e: sys.exit(str(e))

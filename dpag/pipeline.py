@@ -123,6 +123,6 @@ def main(argv=None):
     print("Tables and figures:")
     for p in made: print(f"  {p.relative_to(root())}")
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+if __name__ == "__main__" and "__file__" in globals():      # run as a command, not as a notebook
     try: main()
     except (SettingsError, RuntimeError) as e: sys.exit(f"make repro: {e}")

@@ -210,6 +210,6 @@ def plot_spirals(runs: pd.DataFrame):
     return fig
 
 # %% ../nbs/11_report.ipynb #7b1d7f33
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+if __name__ == "__main__" and "__file__" in globals():      # run as a command, not as a notebook
     problems = check_tables(root() / "results")
     sys.exit("\n".join(problems) or print("the committed tables follow from the committed rows"))
