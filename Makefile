@@ -14,7 +14,7 @@ READY := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | cksum | cut
 
 .PHONY: help repro test lab docs params install clean
 help:
-	@echo "make repro [PROFILE=smoke|laptop|workstation|paper] [DEMOS=scripted|human] [JOBS=n]   regenerate the tables"
+	@echo "make repro [PROFILE=smoke|laptop|workstation|paper] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name]   regenerate the tables"
 	@echo "make test      export check, notebooks, pytest"
 	@echo "make lab       JupyterLab"
 	@echo "make docs      the site, into site/"
@@ -30,7 +30,7 @@ $(READY): constraints.txt pyproject.toml
 install: $(READY)
 
 repro: $(READY)
-	@$(BIN)/python -m dpag.pipeline --profile $(PROFILE) --demos $(DEMOS) --jobs $(JOBS)
+	@$(BIN)/python -m dpag.pipeline --profile $(PROFILE) --demos $(DEMOS) --jobs $(JOBS) --only "$(ONLY)"
 
 test: $(READY)
 	@tools/check_export.sh

@@ -9,6 +9,8 @@ __all__ = ['Diffusion']
 from collections.abc import Callable
 
 import torch
+
+from . import libraries                 # before diffusers
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 
 from pathlib import Path
 
-import diffusers
 import torch
+
+from . import libraries                 # before diffusers
+import diffusers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -23,7 +25,7 @@ from torch.nn import functional as F
 from . import __version__, config
 from .data import Standardizer, fit_standardizer
 from .diffusion import Diffusion
-from .encoder import FEATURES, MLPEncoder, sample_latent
+from .encoder import FEATURES, ObservationEncoder, picture_keys, sample_latent
 from .guidance import contrastive_loss, evolve_latent, guidance_diagnostics, kl_loss, latent_vjp
 from .noise_net import build_noise_net
 
@@ -39,18 +41,17 @@ class Shapes:
 class DiffusionPolicy(nn.Module):
     """DP (Chi et al. 2023): a chunk of actions is denoised under a latent that stays fixed.
 
-    `horizon`, `n_obs_steps`, `n_action_steps` are T_p, T_o, T_a. `features` names an entry of encoder.FEATURES."""
-    def __init__(self, *, shapes: Shapes, features: str, encoder: nn.Module, net: nn.Module, diffusion: Diffusion, obs_scale: Standardizer, action_scale: Standardizer,
+    `horizon`, `n_obs_steps`, `n_action_steps` are T_p, T_o, T_a."""
+    def __init__(self, *, shapes: Shapes, encoder: ObservationEncoder, net: nn.Module, diffusion: Diffusion, action_scale: Standardizer,
                  action_frame: str, horizon: int, n_obs_steps: int, n_action_steps: int):
         super().__init__()
-        self.shapes, self.features, self.action_frame = shapes, FEATURES[features], action_frame
-        self.encoder, self.net, self.diffusion = encoder, net, diffusion
-        self.obs_scale, self.action_scale = obs_scale, action_scale
+        self.shapes, self.action_frame = shapes, action_frame
+        self.encoder, self.net, self.diffusion, self.action_scale = encoder, net, diffusion, action_scale
         self.horizon, self.n_obs_steps, self.n_action_steps = horizon, n_obs_steps, n_action_steps
 
-    def encode(self, obs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        "μ and log σ², `(B, Z)`, of observations in the environment's units, `(B, T_o, …)` each."
-        return self.encoder(self.obs_scale(self.features(obs)))
+    def encode(self, obs: dict, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+        "μ and log σ², `(B, Z)`, of observations in the environment's units, `(B, T_o, …)` each. `generator`: pictures are cropped at random."
+        return self.encoder(obs, generator)
 
     def _reference(self, obs: dict) -> torch.Tensor | float:
         return obs[self.shapes.action_ref][:, -1:].float() if self.action_frame == "relative" else 0.0
@@ -70,21 +71,24 @@ class DiffusionPolicy(nn.Module):
     def loss(self, batch: dict, generator: torch.Generator) -> dict:
         "Denoising error of a batch {obs: {key: (B, T_o, …)}, action: (B, T, D)}; scalars, the sum under `loss`."
         noised, k, target = self.noised(batch, generator)
-        mu, _ = self.encode(batch["obs"])
+        mu, _ = self.encode(batch["obs"], generator)
         out, _ = self.epsilon(noised, k, mu)
         denoise = F.mse_loss(out, target)
         return {"loss": denoise, "denoise": denoise.detach()}
 
-    def predictor(self, obs: dict):
-        "The function (noised, timestep) → net output that denoises under these observations."
+    def predictor(self, obs: dict, record: list | None = None):
+        "The function (noised, timestep) → net output that denoises under these observations; each step's latent `(B, Z)` is appended to `record`."
         mu, _ = self.encode(obs)
-        return lambda noised, timestep: self.net(noised, timestep, mu)
+        def predict(noised, timestep):
+            if record is not None: record.append(mu)
+            return self.net(noised, timestep, mu)
+        return predict
 
     @torch.no_grad()
-    def act(self, obs: dict, generator: torch.Generator) -> torch.Tensor:
-        "Actions `(B, n_action_steps, D)` for observations `(B, n_obs_steps, …)`, in the environment's units."
+    def act(self, obs: dict, generator: torch.Generator, record: list | None = None) -> torch.Tensor:
+        "Actions `(B, n_action_steps, D)` for observations `(B, n_obs_steps, …)`, in the environment's units. `record` is given the latents on the way."
         shape = (len(next(iter(obs.values()))), self.horizon, self.shapes.action_dim)
-        chunk = self.diffusion.sample(self.predictor(obs), shape, generator)
+        chunk = self.diffusion.sample(self.predictor(obs, record), shape, generator)
         first = self.n_obs_steps - 1
         return (self.action_scale.inverse(chunk) + self._reference(obs))[:, first:first + self.n_action_steps]
 
@@ -110,7 +114,7 @@ class ActionGuidedPolicy(DiffusionPolicy):
         "The paper's total loss, its terms, and the diagnostics of guidance.guidance_diagnostics."
         g = self.guidance
         noised, k, target = self.noised(batch, generator)
-        mu, logvar = self.encode(batch["obs"])
+        mu, logvar = self.encode(batch["obs"], generator)
         sigma = (0.5 * logvar).exp()
         z = sample_latent(mu, logvar, torch.randn(mu.shape, generator=generator, device=mu.device))
         out, eps, z_evolved = self.evolve(noised, k, z, mu, sigma, detach=g.vjp_detach)
@@ -123,39 +127,38 @@ class ActionGuidedPolicy(DiffusionPolicy):
         terms = {"denoise": static, "denoise_evolved": evolved, "contrastive": contrast, "kl": kl}
         return {"loss": total, **{n: t.detach() for n, t in terms.items()}, **guidance_diagnostics(eps, eps_evolved, mu, sigma, z, z_evolved)}
 
-    def predictor(self, obs: dict):
+    def predictor(self, obs: dict, record: list | None = None):
         "Denoises under a latent that is evolved at every step, at every `evolve_every`-th, by the previous step's VJP, or not at all."
         g, step = self.guidance, 0
         mu, logvar = self.encode(obs)
         sigma, moved = (0.5 * logvar).exp(), mu
         def predict(noised, timestep):
             nonlocal step, moved
-            if g.evolve == "off": return self.net(noised, timestep, mu)
-            if g.evolve == "lagged":
-                out, _, moved = self.evolve(noised, timestep, moved, mu, sigma, detach=True)
-                return out.detach()
-            if step % g.evolve_every == 0: _, _, moved = self.evolve(noised, timestep, mu, mu, sigma, detach=True)
+            if g.evolve == "every" and step % g.evolve_every == 0: _, _, moved = self.evolve(noised, timestep, mu, mu, sigma, detach=True)
             step += 1
-            return self.net(noised, timestep, moved)
+            if record is not None: record.append(moved.detach())
+            if g.evolve != "lagged": return self.net(noised, timestep, moved)
+            out, _, moved = self.evolve(noised, timestep, moved, mu, sigma, detach=True)
+            return out.detach()
         return predict
 
 # %% ../nbs/06_policy.ipynb #e51ec254
 def build_policy(method: config.Method, settings: config.Policy, shapes: Shapes, dataset=None) -> DiffusionPolicy:
     "The policy of a method. `dataset` (data.WindowDataset) fits the scales; without one they are placeholders for weights that are loaded next."
-    features = FEATURES[settings.encoder.features]
+    enc, plain = settings.encoder, [k for k in shapes.obs if k not in picture_keys(shapes.obs)]
     relative = settings.action_frame == "relative"
     if relative and shapes.action_ref is None: raise ValueError("policy.action_frame = relative: this task has no position that actions could be relative to; allowed is absolute")
     if dataset is None:
-        obs = {k: torch.zeros(1, settings.n_obs_steps, *s) for k, s in shapes.obs.items()}
-        f, a = features(obs).expand(2, -1), torch.zeros(2, settings.horizon if relative else 1, shapes.action_dim)
+        f = FEATURES[enc.features]({k: torch.zeros(2, settings.n_obs_steps, *shapes.obs[k]) for k in plain})
+        a = torch.zeros(2, settings.horizon if relative else 1, shapes.action_dim)
     else:
-        every = dataset.gather(torch.arange(len(dataset), device=dataset.device))
-        f = features(every["obs"])
+        every = dataset.gather(torch.arange(len(dataset), device=dataset.device), keys=plain)
+        f = FEATURES[enc.features](every["obs"])
         a = every["action"] - every["obs"][shapes.action_ref][:, -1:] if relative else every["action"].flatten(0, 1)[:, None]
-    enc, z = settings.encoder, settings.encoder.latent_dim
-    parts = dict(shapes=shapes, features=enc.features, action_frame=settings.action_frame, encoder=MLPEncoder(in_dim=f.shape[1], hidden=enc.hidden, latent_dim=z),
-                 net=build_noise_net(settings.net, horizon=settings.horizon, action_dim=shapes.action_dim, latent_dim=z), diffusion=Diffusion(**settings.diffusion.model_dump()),
-                 obs_scale=fit_standardizer(f, mode="std"), action_scale=fit_standardizer(a, mode="std" if relative else "range"),
+    encoder = ObservationEncoder(shapes=shapes.obs, n_obs_steps=settings.n_obs_steps, settings=enc, scale=fit_standardizer(f, mode="std"))
+    net = build_noise_net(settings.net, horizon=settings.horizon, action_dim=shapes.action_dim, latent_dim=encoder.latent_dim)
+    parts = dict(shapes=shapes, action_frame=settings.action_frame, encoder=encoder, net=net, diffusion=Diffusion(**settings.diffusion.model_dump()),
+                 action_scale=fit_standardizer(a, mode="std" if relative else "range"),
                  horizon=settings.horizon, n_obs_steps=settings.n_obs_steps, n_action_steps=settings.n_action_steps)
     return DiffusionPolicy(**parts) if method.guidance is None else ActionGuidedPolicy(guidance=method.guidance, **parts)
 

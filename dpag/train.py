@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+
+from . import libraries                 # before diffusers
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file

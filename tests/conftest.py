@@ -25,7 +25,7 @@ def shapes():
 @pytest.fixture(scope="session")
 def small(settings):
     "A policy section small enough for tests, otherwise the laptop's."
-    return settings.policy.model_copy(update={"encoder": config.Encoder(features="planar", hidden=[32], latent_dim=8), "net": config.MLPNet(kind="mlp", width=48, depth=3, step_dim=16)})
+    return settings.policy.model_copy(update={"encoder": settings.policy.encoder.model_copy(update=dict(features="planar", hidden=[32], latent_dim=8)), "net": config.MLPNet(kind="mlp", width=48, depth=3, step_dim=16)})
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,11 @@ CASES = [
     ({"policy.diffusion.target_temperature": 0.4}, ["target_temperature = 0.4", "epsilon"]),
     ({"methods.dp_ag.guidance.vjp": "normalized"}, ["methods.dp_ag.guidance.vjp = 'normalized'", "'unit' or 'raw'"]),
     ({"pusht.demo_seed": 100}, ["pusht.demo_seed = 100", "not tested on states"]),
-    ({"pipeline.methods": ["dp", "dpag"]}, ["dpag", "allowed are ['dp', 'dp_ag']"]),
+    ({"pipeline.pusht_kp.methods": ["dp", "dpag"]}, ["pipeline.pusht_kp.methods", "dpag", "allowed are ['dp', 'dp_ag']"]),
+    ({"tasks.pusht_img.train": {"lr": -1}}, ["tasks.pusht_img.train.lr = -1", "greater than 0"]),
+    ({"tasks.pusht_img.policy": {"encoder": {"camera": {"backbone": "vit"}}}}, ["tasks.pusht_img.policy.encoder.camera.backbone = 'vit'", "'small' or 'resnet18'"]),
+    ({"tasks.pusht_img.learning": {}}, ["tasks.pusht_img.learning", "Extra inputs"]),
+    ({"pusht.ball.speed": [200, 100]}, ["speed", "[lowest, highest]"]),
     ({"run": ["laptop-human"]}, ["run", "laptop-scripted"]),
 ]
 
@@ -70,3 +74,27 @@ def test_hand_edits_survive_select(tmp_path, monkeypatch):
     assert config.load(tmp_path / "params.yaml").methods["dp_ag"].guidance.gamma == 7.5
     config.select("smoke", "scripted")
     assert config.load(tmp_path / "params.yaml").profile == "smoke"
+
+
+def test_a_tasks_own_settings_are_merged_and_stay_its_own():
+    s = config.validate(config.compose("laptop", "scripted"))
+    img = s.for_task("pusht_img")
+    assert img.policy.encoder.features == "raw" and s.policy.encoder.features == "planar" and s.for_task("pusht_kp").policy == s.policy
+    assert img.train.batch_size == 64 and img.train.ema == s.train.ema
+
+
+def test_an_edit_of_the_pipeline_reaches_its_cells(tmp_path, monkeypatch):
+    tree = config.compose("laptop", "scripted")
+    tree["pipeline"]["pusht_kp"]["seeds"] = [5]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "settings.ini").touch()
+    (tmp_path / "conf").symlink_to(config.root() / "conf")
+    monkeypatch.setattr(config, "root", lambda: tmp_path)
+    config.select("laptop", "scripted")
+    cells = config.load(tmp_path / "params.yaml").cells
+    assert "laptop-scripted-pusht_kp-dp-s5" in cells and "laptop-scripted-pusht_kp-dp-s0" not in cells
+
+
+def test_columns_without_such_demonstrations_are_not_run():
+    s = config.validate(config.compose("workstation", "human"))
+    assert {c.task for c in s.cells.values()} == {"pusht_kp", "pusht_img"}

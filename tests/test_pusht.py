@@ -8,14 +8,14 @@ import pytest
 
 from dpag import config
 from dpag.tasks import pusht
-from dpag.tasks.pusht import PushTKeypoints, human_archive, human_demonstrations, keypoints_of, replay
+from dpag.tasks.pusht import PushT, human_archive, human_demonstrations, keypoints_of, replay
 from dpag.tasks.pusht_expert import run_expert, scripted_demonstrations
 
 needs_human = pytest.mark.skipif(not os.environ.get("DPAG_MIRROR"), reason="DPAG_MIRROR names no folder with pusht.zip")
 
 
 def test_set_state_is_exact_and_at_rest():
-    env, rng = PushTKeypoints(), np.random.default_rng(0)
+    env, rng = PushT(), np.random.default_rng(0)
     env.reset(seed=0)
     for _ in range(20):
         state = rng.uniform([50, 50, 100, 100, -3], [450, 450, 400, 400, 3])
@@ -27,7 +27,7 @@ def test_set_state_is_exact_and_at_rest():
 
 @needs_human
 def test_human_episodes_replay_exactly():
-    demos, env, scores = human_demonstrations(), PushTKeypoints(), []
+    demos, env, scores = human_demonstrations(), PushT(), []
     assert len(demos) == 206
     for i in range(60):
         e = demos.episode(i)
@@ -40,7 +40,7 @@ def test_human_episodes_replay_exactly():
 
 @needs_human
 def test_human_keypoints_are_the_environments():
-    e, env = human_demonstrations().episode(3), PushTKeypoints()
+    e, env = human_demonstrations().episode(3), PushT()
     env.reset(seed=0)
     for t in (0, 50): np.testing.assert_allclose(env.set_state(e["state"][t].astype(float))["keypoints"], e["keypoints"][t], atol=1e-2)
 
@@ -81,14 +81,14 @@ def test_wrong_data_and_hostile_names_are_refused(tmp_path, monkeypatch):
 
 def test_expert_succeeds_and_is_reproducible(settings):
     kw = dict(n_demos=8, first_seed=7000, expert=settings.pusht.expert, max_steps=300)
-    states, actions, ends, meta = scripted_demonstrations(PushTKeypoints, **kw, workers=2)
-    again = scripted_demonstrations(PushTKeypoints, **kw, workers=1)
+    states, actions, ends, meta = scripted_demonstrations(PushT, **kw, workers=2)
+    again = scripted_demonstrations(PushT, **kw, workers=1)
     np.testing.assert_array_equal(states, again[0]); np.testing.assert_array_equal(actions, again[1])
     assert meta["success_rate"] >= 0.8 and len(ends) == 8
 
 
 def test_expert_plans_differ_by_plan_seed(settings):
-    env = PushTKeypoints()
+    env = PushT()
     runs = [run_expert(env, seed=11, plan_seed=i, expert=settings.pusht.expert, max_steps=300)[1] for i in range(4)]
     assert len({hashlib.sha256(a.tobytes()).hexdigest() for a in runs}) > 1
 

@@ -38,15 +38,16 @@ class Task:
         d = load_demonstrations(path)
         missing = {"action", *self.shapes.obs} - d.arrays.keys()
         if missing: raise ValueError(f"{path}: {self.name} needs data/{sorted(missing)[0]}, the file has {sorted(d.arrays)}")
-        return WindowDataset({k: d.arrays[k] for k in self.shapes.obs}, d.arrays["action"], d.episode_ends, horizon=horizon, n_obs_steps=n_obs_steps, n_action_steps=n_action_steps, device=device)
+        return WindowDataset({k: d.arrays[k] for k in self.shapes.obs}, d.arrays["action"], d.episode_ends, horizon=horizon, n_obs_steps=n_obs_steps,
+                             n_action_steps=n_action_steps, device=device, data_hash=d.meta.get("hash") or d.data_hash())
 
 # %% ../../nbs/07_tasks.ipynb #94fd4743
-TASKS = {"pusht_kp": "dpag.tasks.pusht"}
+TASKS = {"pusht_kp": "dpag.tasks.pusht", "pusht_img": "dpag.tasks.pusht", "dynamic_pusht_kp": "dpag.tasks.dynamic_pusht", "dynamic_pusht_img": "dpag.tasks.dynamic_pusht"}
 
 def get_task(name: str, settings: Settings) -> Task:
     "The task called `name`, sized by `settings`. Raises SettingsError for an unknown name."
     if name not in TASKS: raise SettingsError(f"task = {name!r}: allowed are {', '.join(sorted(TASKS))}")
-    return importlib.import_module(TASKS[name]).make_task(name, settings)
+    return importlib.import_module(TASKS[name]).make_task(name, settings.for_task(name))
 
 def demonstrations_path(root: Path, task: str, settings: Settings) -> Path:
     "Where the pipeline keeps a task's demonstrations; smoke's few do not stand in for the real ones."
