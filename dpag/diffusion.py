@@ -9,8 +9,6 @@ __all__ = ['Diffusion']
 from collections.abc import Callable
 
 import torch
-
-from . import libraries                 # before diffusers
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import config
 from .data import Standardizer
-from . import libraries                 # before torchvision
+from .libraries import mend_torchvision
 
 # %% ../nbs/02_encoder.ipynb #ec4aa49a
 def raw_features(obs: dict) -> torch.Tensor:
@@ -71,6 +71,7 @@ def build_backbone(kind: str, n_keypoints: int) -> nn.Module:
     "Pictures `(B, 3, H, W)` in [−1, 1] to maps `(B, n_keypoints, H', W')`."
     if kind == "small":
         return nn.Sequential(nn.Conv2d(3, 32, 8, stride=4, padding=2), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, n_keypoints, 1))
+    mend_torchvision()
     from torchvision.models import resnet18
     net = resnet18(weights=None, norm_layer=lambda channels: nn.GroupNorm(channels // 16, channels))
     return nn.Sequential(*list(net.children())[:-2], nn.Conv2d(512, n_keypoints, 1))

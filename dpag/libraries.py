@@ -6,15 +6,13 @@
 __all__ = ['mend_torchvision']
 
 # %% ../nbs/00_libraries.ipynb #0e2d17a6
-import importlib.util
 import sys
 
 import torch
 
 # %% ../nbs/00_libraries.ipynb #409d3383
 def mend_torchvision():
-    "Make `import torchvision` pass where its compiled operators do not fit the installed torch. Called when this module is imported."
-    if importlib.util.find_spec("torchvision") is None: return
+    "Make `import torchvision` pass where its compiled operators do not fit the installed torch."
     try: import torchvision
     except RuntimeError as e:
         if "torchvision::nms does not exist" not in str(e): raise
@@ -24,5 +22,3 @@ def mend_torchvision():
         _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]: del sys.modules[name]
         import torchvision
-
-mend_torchvision()

@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass
 
 from pathlib import Path
 
-import torch
-
-from . import libraries                 # before diffusers
 import diffusers
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
