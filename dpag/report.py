@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'EXTRA_TASKS', 'PUSHT_TASKS', 'PAPER_PUSHT', 'SPIRAL_MODELS', 'PAPER_SPIRALS', 'COLUMNS', 'TABLES',
            'PALETTE', 'provenance', 'collect', 'matrix', 'pusht_rows', 'spirals_rows', 'readable_pusht',
            'readable_details', 'readable_spirals', 'caption', 'write_table', 'collect_spirals', 'check_tables',
-           'peak_memory', 'save_figure', 'plot_curve', 'plot_distribution', 'plot_attention', 'plot_spirals']
+           'peak_memory', 'save_figure', 'plot_curve', 'plot_distribution', 'plot_spirals', 'plot_attention']
 
 # %% ../nbs/11_report.ipynb #0cef8c44
 import json
@@ -196,11 +196,17 @@ def save_figure(fig, path) -> Path:
     return Path(path)
 
 def plot_curve(curve: pd.DataFrame):
-    "Score against training steps; `curve` has method, train_seed, step, score."
+    "Score with its 95 % interval against training steps, and whether the last point tells DP and DP-AG apart; `curve` has method, train_seed, seed, step, score."
     fig, ax = plt.subplots(figsize=(5, 3))
-    mean = curve.groupby(["method", "train_seed", "step"], as_index=False).score.mean()
-    sns.lineplot(mean, x="step", y="score", hue="method", style="method", markers=True, errorbar=("pi", 100), palette=PALETTE, ax=ax)
-    ax.set(xlabel="training step", ylabel="mean score", ylim=(0, 1)); ax.grid(alpha=.3)
+    for i, (m, block) in enumerate(curve.groupby("method")):
+        points = np.array([[step, *bootstrap_mean(matrix(b, "score"))] for step, b in block.groupby("step")])
+        x, mean, low, high = points.T
+        ax.errorbar(x * (1 + .01 * i), mean, [mean - low, high - mean], fmt="o-", capsize=3, color=PALETTE.get(m), label=METHODS[m])
+    last = {m: matrix(b[b.step == b.step.max()], "score") for m, b in curve.groupby("method")}
+    if {"dp", "dp_ag"} <= last.keys() and last["dp"].shape == last["dp_ag"].shape:
+        d, low, high = paired_difference(last["dp_ag"], last["dp"])
+        ax.set_title(f"at the end DP-AG − DP = {d:.3f} [{low:.3f}, {high:.3f}]" + (": not told apart" if low <= 0 <= high else ""), fontsize=8)
+    ax.set(xlabel="training step", ylabel="mean score", ylim=(0, 1)); ax.grid(alpha=.3); ax.legend()
     return fig
 
 def plot_distribution(episodes: pd.DataFrame):
@@ -210,6 +216,16 @@ def plot_distribution(episodes: pd.DataFrame):
     ax.set(xlabel="score of an episode", ylabel="share of episodes below", xlim=(0, 1.02)); ax.grid(alpha=.3)
     return fig
 
+def plot_spirals(runs: pd.DataFrame):
+    "Each seed's pair of MSEs, joined."
+    fig, ax = plt.subplots(figsize=(3.4, 3))
+    wide = runs.pivot(index="train_seed", columns="method", values="mse")[list(SPIRAL_MODELS)]
+    ax.plot([0, 1], wide.to_numpy().T, c="0.75", lw=1)
+    for i, m in enumerate(SPIRAL_MODELS): ax.plot(np.full(len(wide), i), wide[m], "o", c=PALETTE[m])
+    ax.set_xticks([0, 1], SPIRAL_MODELS.values()); ax.set(ylabel="MSE, held-out spirals", xlim=(-.4, 1.4), ylim=(0, None))
+    return fig
+
+# %% ../nbs/11_report.ipynb #3c8afc0e
 def plot_attention(picture: np.ndarray, paths: list[np.ndarray], magnify: float = 10.0):
     "The places `(K, 2)` of the static latent on the picture (left), and their displacement at each denoising step (right); `paths` begins with the static ones."
     static, moved = paths[0], np.stack(paths[1:])                                      # (K, 2), (steps, K, 2)
@@ -223,15 +239,6 @@ def plot_attention(picture: np.ndarray, paths: list[np.ndarray], magnify: float 
     axes[0].set_title(f"places, and {magnify:g} × how guidance moves them", fontsize=9)
     axes[1].plot(range(1, len(by) + 1), np.linalg.norm(by, axis=2), lw=.8)
     axes[1].set(xlabel="denoising step, noisiest first", ylabel="displacement of each place, px", title="dark to light: from noise to action"); axes[1].title.set_fontsize(9)
-    return fig
-
-def plot_spirals(runs: pd.DataFrame):
-    "Each seed's pair of MSEs, joined."
-    fig, ax = plt.subplots(figsize=(3.4, 3))
-    wide = runs.pivot(index="train_seed", columns="method", values="mse")[list(SPIRAL_MODELS)]
-    ax.plot([0, 1], wide.to_numpy().T, c="0.75", lw=1)
-    for i, m in enumerate(SPIRAL_MODELS): ax.plot(np.full(len(wide), i), wide[m], "o", c=PALETTE[m])
-    ax.set_xticks([0, 1], SPIRAL_MODELS.values()); ax.set(ylabel="MSE, held-out spirals", xlim=(-.4, 1.4), ylim=(0, None))
     return fig
 
 # %% ../nbs/11_report.ipynb #7b1d7f33
