@@ -22,7 +22,7 @@ import numpy as np
 import pooch
 from gym_pusht.envs.pusht import PushTEnv
 from gymnasium import spaces
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..config import Settings, root
 from ..data import Demonstrations, load_demonstrations

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 from shapely.geometry import Polygon
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..config import Expert, derive_seed
 
