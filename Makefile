@@ -1,7 +1,7 @@
 # Two commands do everything, set-up included: `make repro` and `make test`.
 PROFILE ?= laptop
 DEMOS ?= scripted
-JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+JOBS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
