@@ -226,19 +226,21 @@ def plot_spirals(runs: pd.DataFrame):
     return fig
 
 # %% ../nbs/11_report.ipynb #3c8afc0e
-def plot_attention(picture: np.ndarray, paths: list[np.ndarray], magnify: float = 10.0):
-    "The places `(K, 2)` of the static latent on the picture (left), and their displacement at each denoising step (right); `paths` begins with the static ones."
+def plot_attention(picture: np.ndarray, paths: list[np.ndarray]):
+    "The places `(K, 2)` of the static latent in the picture, where the first and the last denoising step move them, and how far each step does; `paths` begins with the static ones."
     static, moved = paths[0], np.stack(paths[1:])                                      # (K, 2), (steps, K, 2)
     h, w = picture.shape[:2]
-    at, by = (static + 1) / 2 * [w, h], (moved - static) / 2 * [w, h]
-    fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.4), width_ratios=[1, 1.3])
-    axes[0].imshow(picture); axes[0].axis("off")
-    for k, d in enumerate(by):
-        axes[0].quiver(*at.T, *(magnify * d).T, color=plt.cm.viridis(k / max(1, len(by) - 1)), angles="xy", scale_units="xy", scale=1, width=.006)
-    axes[0].plot(*at.T, ".", c="k", ms=3)
-    axes[0].set_title(f"places, and {magnify:g} × how guidance moves them", fontsize=9)
-    axes[1].plot(range(1, len(by) + 1), np.linalg.norm(by, axis=2), lw=.8)
-    axes[1].set(xlabel="denoising step, noisiest first", ylabel="displacement of each place, px", title="dark to light: from noise to action"); axes[1].title.set_fontsize(9)
+    at, to = (static + 1) / 2 * [w, h] - .5, (moved + 1) / 2 * [w, h] - .5             # px: whole numbers are the middles of pixels
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3), width_ratios=[1, 1, 1.3])
+    (x0, y0), (x1, y1) = np.minimum(at.min(0), to.min((0, 1))) - 2, np.maximum(at.max(0), to.max((0, 1))) + 2
+    for ax in axes[:2]: ax.imshow(picture); ax.plot(*at.T, ".", c="k", ms=3); ax.axis("off")
+    axes[0].add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False)); axes[0].set_title("places, static latent", fontsize=9)
+    for k, c in ((0, "#4c72b0"), (len(to) - 1, "#dd8452")):
+        axes[1].quiver(*at.T, *(to[k] - at).T, color=c, angles="xy", scale_units="xy", scale=1, width=.008, label=f"step {k + 1}")
+    axes[1].set(xlim=(x0, x1), ylim=(y1, y0)); axes[1].set_title("the frame, and where guidance moves them", fontsize=9); axes[1].legend(fontsize=7)
+    axes[2].plot(range(1, len(to) + 1), np.linalg.norm(to - at, axis=2), lw=.8)
+    axes[2].set(xlabel="denoising step, noisiest first", ylabel="displacement, px of the picture")
+    fig.tight_layout()
     return fig
 
 # %% ../nbs/11_report.ipynb #7b1d7f33

@@ -97,3 +97,20 @@ def test_the_authors_file_loads(tmp_path, monkeypatch, settings, dtype):
 def test_without_the_authors_file_the_error_says_where_to_put_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="single_ball_pusht.zarr.zip"): authors_demonstrations(tmp_path)
     with pytest.raises(ValueError, match="pictures only"): get_task("dynamic_pusht_kp", config.load()).make_demonstrations("human")
+
+
+def test_the_keypoint_variant_trains_and_acts_on_the_ball(settings):
+    import torch
+    from dpag.data import WindowDataset
+    from dpag.policy import build_policy
+    from dpag.rollout import rollout
+    few = settings.model_copy(update={"pusht": settings.pusht.model_copy(update={"n_demos": 2}), "tasks": {}})
+    task = get_task("dynamic_pusht_kp", few)
+    d = task.make_demonstrations("scripted")
+    assert d.arrays["ball"].shape == (d.episode_ends[-1], 4) and d.arrays["state"].shape[1] == 9
+    ds = WindowDataset({k: d.arrays[k] for k in task.shapes.obs}, d.arrays["action"], d.episode_ends, horizon=16, n_obs_steps=2, n_action_steps=8)
+    torch.manual_seed(0)
+    policy = build_policy(settings.methods["dp_ag"], settings.policy, task.shapes, ds)
+    assert policy.loss(ds.batch(8, config.generator("b")), config.generator("n"))["loss"].isfinite()
+    rows, _ = rollout(policy, task.make_env, range(2), max_steps=16, n_obs_steps=2)
+    assert rows.steps.tolist() == [16, 16]
