@@ -253,6 +253,7 @@ def merge(base: dict, over: dict) -> dict:
     if "kind" in over and over["kind"] != base.get("kind"): return over
     return {**base, **{k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}}
 
+# %% ../nbs/00_config.ipynb #a1b2c3d4
 class Settings(Strict):
     "params.yaml."
     profile: Literal["smoke", "laptop", "workstation", "paper"]
