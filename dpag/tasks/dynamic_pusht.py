@@ -26,6 +26,7 @@ from .pusht_expert import scripted_demonstrations
 # %% ../../nbs/tasks/dynamic_pusht.ipynb #a78ce38b
 _BALL = 7           # pymunk's collision type of the ball
 
+# %% ../../nbs/tasks/dynamic_pusht.ipynb #b2c3d4e5
 class DynamicPushT(PushT):
     """Push-T with one moving ball. `ball` is a config.Ball; without one, that of params.yaml. Observations have `ball: (4,)` beside keypoints; pictures show it.
 
