@@ -73,7 +73,7 @@ def _grads(settings, small, shapes, dataset, **changes):
     torch.manual_seed(0)
     policy = build_policy(method, small, shapes, dataset)
     policy.loss(dataset.batch(16, config.generator("b")), config.generator("n"))["loss"].backward()
-    return policy.encoder.mu.weight.grad, policy.encoder.logvar.weight.grad
+    return policy.encoder.heads.mu.weight.grad, policy.encoder.heads.logvar.weight.grad
 
 
 def test_gradients_reach_the_encoder_through_sigma_and_through_the_evolved_branch(settings, small, shapes, dataset):
