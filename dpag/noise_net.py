@@ -25,20 +25,24 @@ class StepEmbedding(nn.Module):
 
 # %% ../nbs/03_noise_net.ipynb #46d458dd
 class MLPNoiseNet(nn.Module):
-    "Residual fully connected noise net, every layer conditioned on step and latent: `(B, T, D)`, `(B,)`, `(B, Z)` to `(B, T, D)`."
+    "Residual fully connected noise net, every layer conditioned on step and latent: `(B, T, D)`, `(B,)`, `(B, Z)` to `(B, T, D)`; with `middle`, also half-way features `(B, middle_dim)`."
     def __init__(self, *, horizon: int, action_dim: int, latent_dim: int, width: int, depth: int, step_dim: int):
         super().__init__()
+        if depth < 2: raise ValueError(f"net.depth = {depth} must be at least 2")
         self.shape, cond = (horizon, action_dim), step_dim + latent_dim
         self.step = StepEmbedding(step_dim)
         self.inp = nn.Linear(horizon * action_dim + cond, width)
         self.layers = nn.ModuleList(nn.Linear(width + cond, width) for _ in range(depth - 1))
-        self.out = nn.Linear(width, horizon * action_dim)
+        self.out, self.middle_dim = nn.Linear(width, horizon * action_dim), width
 
-    def forward(self, action: torch.Tensor, timestep: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, action: torch.Tensor, timestep: torch.Tensor, z: torch.Tensor, middle: bool = False):
         cond = torch.cat([self.step(timestep), z], dim=1)
         h = self.inp(torch.cat([action.flatten(1), cond], dim=1))
-        for layer in self.layers: h = h + nn.functional.mish(layer(torch.cat([nn.functional.mish(h), cond], dim=1)))
-        return self.out(nn.functional.mish(h)).unflatten(1, self.shape)
+        for i, layer in enumerate(self.layers):
+            if i == len(self.layers) // 2: mid = h
+            h = h + nn.functional.mish(layer(torch.cat([nn.functional.mish(h), cond], dim=1)))
+        out = self.out(nn.functional.mish(h)).unflatten(1, self.shape)
+        return (out, mid) if middle else out
 
 # %% ../nbs/03_noise_net.ipynb #6af8cecb
 class FiLMBlock(nn.Module):
@@ -56,10 +60,10 @@ class FiLMBlock(nn.Module):
 
 # %% ../nbs/03_noise_net.ipynb #dfb5fc7d
 class UNetNoiseNet(nn.Module):
-    "Diffusion Policy's conditional temporal U-Net: `(B, T, D)`, `(B,)`, `(B, Z)` to `(B, T, D)`; T divisible by 2^(levels − 1)."
+    "Diffusion Policy's conditional temporal U-Net: `(B, T, D)`, `(B,)`, `(B, Z)` to `(B, T, D)`; T divisible by 2^(levels − 1). With `middle`, also the lowest level's mean over time `(B, middle_dim)`."
     def __init__(self, *, action_dim: int, latent_dim: int, channels: list[int], kernel_size: int, n_groups: int, step_dim: int):
         super().__init__()
-        self.stride = 2 ** (len(channels) - 1)
+        self.stride, self.middle_dim = 2 ** (len(channels) - 1), channels[-1]
         self.step = nn.Sequential(StepEmbedding(step_dim), nn.Linear(step_dim, 4 * step_dim), nn.Mish(), nn.Linear(4 * step_dim, step_dim))
         def block(a, b): return FiLMBlock(a, b, cond_dim=step_dim + latent_dim, kernel_size=kernel_size, n_groups=n_groups)
         ins = [action_dim, *channels[:-1]]
@@ -71,15 +75,17 @@ class UNetNoiseNet(nn.Module):
         self.up = nn.ModuleList(nn.ModuleList([block(a + b, b), block(b, b)]) for a, b in pairs)
         self.out = nn.Sequential(nn.Conv1d(channels[0], channels[0], kernel_size, padding=kernel_size // 2), nn.GroupNorm(n_groups, channels[0]), nn.Mish(), nn.Conv1d(channels[0], action_dim, 1))
 
-    def forward(self, action: torch.Tensor, timestep: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, action: torch.Tensor, timestep: torch.Tensor, z: torch.Tensor, middle: bool = False):
         if action.shape[1] % self.stride: raise ValueError(f"horizon = {action.shape[1]} must be divisible by {self.stride}")
         x, cond, skips = action.transpose(1, 2), torch.cat([self.step(timestep), z], dim=1), []
         for i, (a, b) in enumerate(self.down):
             x = b(a(x, cond), cond)
             if i < len(self.downsample): skips.append(x); x = self.downsample[i](x)
         for m in self.mid: x = m(x, cond)
+        mid = x.mean(-1)
         for up, (a, b) in zip(self.upsample, self.up): x = b(a(torch.cat([up(x), skips.pop()], dim=1), cond), cond)
-        return self.out(x).transpose(1, 2)
+        out = self.out(x).transpose(1, 2)
+        return (out, mid) if middle else out
 
 # %% ../nbs/03_noise_net.ipynb #5c3d769c
 def build_noise_net(settings, *, horizon: int, action_dim: int, latent_dim: int) -> nn.Module:

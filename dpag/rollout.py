@@ -52,10 +52,11 @@ def stack_observations(recent: list, device="cpu") -> dict:
     return {k: torch.as_tensor(a if a.dtype == np.uint8 else a.astype(np.float32), device=device) for k, a in arrays.items()}
 
 def rollout(policy, make_env, seeds, *, max_steps: int, n_obs_steps: int, act_seed: int = 0, latency_repeats: int = 0, n_films: int = 0, device="cpu") -> tuple[pd.DataFrame, list]:
-    """Run one episode per seed; a frame of rows (seed, score, success, steps, jerk_agent, jerk_action, act_ms_p50, act_ms_p99) and the frames of the first `n_films`.
+    """Run one episode per seed; a frame of rows (seed, score, success, steps, jerk_agent, jerk_action, act_ms_p50, act_ms_p99, flow_steps) and the frames of the first `n_films`.
 
-    `act_seed` seeds the policy's noise. Latency is that of one observation at a time, measured `latency_repeats` times on each episode's first.
+    `act_seed` seeds the policy's noise. `flow_steps` is what the policy's `mean_steps()` says at the end, for one whose number of steps is its own choice. Latency is that of one observation at a time, measured `latency_repeats` times on each episode's first.
     The frame's `attrs` say where the time went: `steps` of all environments, `env_seconds` (drawing included), `act_seconds`."""
+    if hasattr(policy, "tally"): policy.tally = [0, 0]
     episodes = [_Episode(make_env(), s, n_obs_steps, i < n_films) for i, s in enumerate(seeds)]
     latency = [act_latency(policy, stack_observations([e.recent], device), latency_repeats) for e in episodes]
     active, g, spent = list(episodes), generator("act", act_seed, device=device), {"steps": 0, "env_seconds": 0.0, "act_seconds": 0.0}
@@ -71,7 +72,8 @@ def rollout(policy, make_env, seeds, *, max_steps: int, n_obs_steps: int, act_se
             spent["act_seconds"] += acted - start; spent["env_seconds"] += time.perf_counter() - acted
             bar.update(); bar.set_postfix(running=len(active), score=f"{np.mean([e.score for e in episodes]):.2f}", refresh=False)
     for e in episodes: e.env.close()
-    rows = pd.DataFrame([{**e.row(), "act_ms_p50": p50, "act_ms_p99": p99} for e, (p50, p99) in zip(episodes, latency)])
+    flow = policy.mean_steps() if hasattr(policy, "mean_steps") else float("nan")
+    rows = pd.DataFrame([{**e.row(), "act_ms_p50": p50, "act_ms_p99": p99, "flow_steps": flow} for e, (p50, p99) in zip(episodes, latency)])
     rows.attrs.update(spent)
     return rows, [e.frames for e in episodes[:n_films]]
 

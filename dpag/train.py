@@ -76,8 +76,10 @@ def load_state(path, model: torch.nn.Module, ema: AveragedModel, opt: torch.opti
     with safe_open(path, "pt") as f:
         meta = f.metadata()
         if meta["fingerprint"] != fingerprint: return 0
+        known = set(f.keys())
         for (name, p), mean in zip(model.named_parameters(), ema.module.parameters()):
             p.copy_(f.get_tensor(f"param/{name}")); mean.copy_(f.get_tensor(f"ema/{name}"))
+            if f"adam/step/{name}" not in known: continue                        # a weight that this method does not train
             opt.state[p] = {key: f.get_tensor(f"adam/{key}/{name}").to("cpu" if key == "step" and p.device.type == "cpu" else p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
     ema.n_averaged.fill_(int(meta["step"]))
     return int(meta["step"])

@@ -37,10 +37,14 @@ CASES = [
     ({"policy.diffusion.target_temperature": 0.4}, ["target_temperature = 0.4", "epsilon"]),
     ({"methods.dp_ag.guidance.vjp": "normalized"}, ["methods.dp_ag.guidance.vjp = 'normalized'", "'unit' or 'raw'"]),
     ({"pusht.demo_seed": 100}, ["pusht.demo_seed = 100", "not tested on states"]),
-    ({"pipeline.pusht_kp.methods": ["dp", "dpag"]}, ["pipeline.pusht_kp.methods", "dpag", "allowed are ['dp', 'dp_ag']"]),
-    ({"tasks.pusht_img.train": {"lr": -1}}, ["tasks.pusht_img.train.lr = -1", "greater than 0"]),
-    ({"tasks.pusht_img.policy": {"encoder": {"camera": {"backbone": "vit"}}}}, ["tasks.pusht_img.policy.encoder.camera.backbone = 'vit'", "'small' or 'resnet18'"]),
+    ({"pipeline.pusht_kp.methods": {"dp": [0], "dpag": [0]}}, ["pipeline.pusht_kp.methods", "dpag", "'dp', 'dp_ag'"]),
+    ({"tasks.pusht_img.train": {"lr": -1}}, ["train.lr of any method on pusht_img = -1", "greater than 0"]),
+    ({"tasks.pusht_img.policy": {"encoder": {"camera": {"backbone": "vit"}}}}, ["policy.encoder.camera.backbone of any method on pusht_img = 'vit'", "'small' or 'resnet18'"]),
     ({"tasks.pusht_img.learning": {}}, ["tasks.pusht_img.learning", "Extra inputs"]),
+    ({"methods.bet.policy": {"horizon": 2}}, ["horizon = 2", "bet on pusht_kp"]),
+    ({"methods.bet.kind": "gpt"}, ["methods.bet", "gpt"]),
+    ({"ablation.methods": ["ab_nothing"]}, ["ablation.methods", "ab_nothing"]),
+    ({"tasks.pusht_img.methods": {"bert": {}}}, ["tasks.pusht_img.methods", "bert"]),
     ({"pusht.ball.speed": [200, 100]}, ["speed", "[lowest, highest]"]),
     ({"run": ["laptop-human"]}, ["run", "laptop-scripted"]),
 ]
@@ -78,14 +82,28 @@ def test_hand_edits_survive_select(tmp_path, monkeypatch):
 
 def test_a_tasks_own_settings_are_merged_and_stay_its_own():
     s = config.validate(config.compose("laptop", "scripted"))
-    img = s.for_task("pusht_img")
-    assert img.policy.encoder.features == "raw" and s.policy.encoder.features == "planar" and s.for_task("pusht_kp").policy == s.policy
+    img = s.for_cell("pusht_img")
+    assert img.policy.encoder.features == "raw" and s.policy.encoder.features == "planar" and s.for_cell("pusht_kp").policy == s.policy
     assert img.train.batch_size == 64 and img.train.ema == s.train.ema
+
+
+def test_a_method_is_laid_over_the_task_and_the_tasks_word_on_it_over_both():
+    s = config.validate(config.compose("laptop", "scripted"))
+    bet, on_pictures = s.for_cell("pusht_kp", "bet"), s.for_cell("pusht_img", "bet")
+    assert (bet.policy.horizon, bet.policy.n_obs_steps, bet.train.weight_decay) == (3, 3, 0.1) and s.for_cell("pusht_kp", "dp").policy.horizon == 16
+    assert on_pictures.train.batch_size == 48 and on_pictures.policy.encoder.features == "raw" and on_pictures.policy.horizon == 3
+
+
+def test_a_variant_inherits_what_it_does_not_say():
+    tree = config.compose("laptop", "scripted")
+    cold, full = tree["methods"]["ab_dp_cold"], tree["methods"]["ab_gamma_10"]
+    assert cold["policy"]["diffusion"] == {"prediction": "epsilon", "target_temperature": 0.4} and cold["kind"] == "dp"
+    assert full["guidance"] == {**tree["methods"]["dp_ag"]["guidance"], "gamma": 10.0} and "of" not in full
 
 
 def test_an_edit_of_the_pipeline_reaches_its_cells(tmp_path, monkeypatch):
     tree = config.compose("laptop", "scripted")
-    tree["pipeline"]["pusht_kp"]["seeds"] = [5]
+    tree["pipeline"]["pusht_kp"]["methods"]["dp"] = [5]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
     (tmp_path / "settings.ini").touch()
     (tmp_path / "conf").symlink_to(config.root() / "conf")

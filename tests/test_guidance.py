@@ -69,7 +69,7 @@ def test_drift_bound_is_the_theorems():
 
 
 def _grads(settings, small, shapes, dataset, **changes):
-    method = config.Method(guidance=settings.methods["dp_ag"].guidance.model_copy(update=changes))
+    method = config.DPAG(kind="dp_ag", guidance=settings.methods["dp_ag"].guidance.model_copy(update=changes))
     torch.manual_seed(0)
     policy = build_policy(method, small, shapes, dataset)
     policy.loss(dataset.batch(16, config.generator("b")), config.generator("n"))["loss"].backward()

@@ -10,7 +10,7 @@ UNET = config.UNet(kind="unet", channels=[16, 32], kernel_size=3, n_groups=8, st
 
 def make(settings, small, shapes, dataset, method="dp_ag", net=None, **guidance):
     m = settings.methods[method]
-    if guidance: m = config.Method(guidance=m.guidance.model_copy(update=guidance))
+    if guidance: m = config.DPAG(kind="dp_ag", guidance=m.guidance.model_copy(update=guidance))
     if net is not None: small = small.model_copy(update={"net": net})
     torch.manual_seed(0)
     return build_policy(m, small, shapes, dataset), m, small
@@ -23,9 +23,9 @@ def observations(dataset, n=6): return dataset.gather(torch.arange(0, 10 * n, 10
 @pytest.mark.parametrize("frame", ["relative", "absolute"])
 def test_gamma_zero_acts_exactly_like_no_guidance(settings, small, shapes, dataset, net, frame):
     policy, *_ = make(settings, small.model_copy(update={"action_frame": frame}), shapes, dataset, net=net)
-    obs, trained = observations(dataset), policy.guidance
+    obs, trained = observations(dataset), policy.method.guidance
     def act(**kw):
-        policy.guidance = trained.model_copy(update=kw)
+        policy.act_as({"guidance": {**trained.model_dump(), **kw}})
         return policy.act(obs, config.generator("a"))
     assert torch.equal(act(gamma=0.0), act(evolve="off"))
     assert not torch.equal(act(gamma=5.0), act(evolve="off"))
@@ -87,14 +87,14 @@ def test_relative_actions_move_with_the_agent(settings, small, shapes, dataset):
 
 # Two training steps from fixed weights, settings and noise: a change here is a change of the method and must be meant.
 GUIDANCE = config.Guidance(gamma=2.0, vjp="unit", vjp_detach=False, evolve="every", evolve_every=1, denoise_on="both", contrastive_weight=0.1, temperature=0.5,
-                           positive_in_denominator=False, contrastive_detach=False, kl_weight=0.01, kl_prior="latent")
+                           positive_in_denominator=False, contrastive_detach=False, contrastive_noise="own", kl_weight=0.01, kl_prior="latent")
 GOLDEN = {"dp": [1.012811, 1.064154], "dp_ag": [1.156951, 1.225688]}
 
 
 @pytest.mark.parametrize("method", ["dp", "dp_ag"])
 def test_golden_training_step(small, shapes, dataset, method):
     torch.manual_seed(0)
-    policy = build_policy(config.Method(guidance=GUIDANCE if method == "dp_ag" else None), small, shapes, dataset)
+    policy = build_policy(config.DPAG(kind="dp_ag", guidance=GUIDANCE) if method == "dp_ag" else config.DP(kind="dp"), small, shapes, dataset)
     opt, losses = torch.optim.AdamW(policy.parameters(), 1e-3), []
     for step in range(2):
         loss = policy.loss(dataset.batch(16, config.generator("b", step)), config.generator("n", step))["loss"]

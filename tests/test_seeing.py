@@ -21,7 +21,7 @@ IMAGE_SHAPES = Shapes(obs={"image": (96, 96, 3), "agent_pos": (2,)}, action_dim=
 
 @pytest.fixture(scope="module")
 def image_settings(settings):
-    p = settings.for_task("pusht_img").policy
+    p = settings.for_cell("pusht_img").policy
     return p.model_copy(update={"encoder": p.encoder.model_copy(update=dict(hidden=[32], latent_dim=8)), "net": config.MLPNet(kind="mlp", width=48, depth=3, step_dim=16)})
 
 
@@ -107,7 +107,7 @@ def test_bytes_reach_the_device_as_bytes(image_settings, image_dataset):
     env = PushT("image"); obs, _ = env.reset(seed=0)
     batch = stack_observations([[obs, obs]])
     assert batch["image"].dtype == torch.uint8 and batch["agent_pos"].dtype == torch.float32
-    policy = build_policy(config.Method(guidance=None), image_settings, IMAGE_SHAPES, image_dataset)
+    policy = build_policy(config.DP(kind="dp"), image_settings, IMAGE_SHAPES, image_dataset)
     seen = []
     policy.encoder.cameras["image"].register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
     policy.loss(image_dataset.batch(4, config.generator("b")), config.generator("n")); policy.act(batch, config.generator("a"))
@@ -184,7 +184,7 @@ import resource, sys, torch
 from dpag import config, policy, train
 from dpag.tasks.base import get_task
 libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-s = config.validate(config.compose("laptop", "human")).for_task("pusht_img")
+s = config.validate(config.compose("laptop", "human")).for_cell("pusht_img")
 task = get_task("pusht_img", s)
 p = s.policy
 ds = task.dataset(sys.argv[1], horizon=p.horizon, n_obs_steps=p.n_obs_steps, n_action_steps=p.n_action_steps)

@@ -47,7 +47,7 @@ TASKS = {"pusht_kp": "dpag.tasks.pusht", "pusht_img": "dpag.tasks.pusht", "dynam
 def get_task(name: str, settings: Settings) -> Task:
     "The task called `name`, sized by `settings`. Raises SettingsError for an unknown name."
     if name not in TASKS: raise SettingsError(f"task = {name!r}: allowed are {', '.join(sorted(TASKS))}")
-    return importlib.import_module(TASKS[name]).make_task(name, settings.for_task(name))
+    return importlib.import_module(TASKS[name]).make_task(name, settings.for_cell(name))
 
 def demonstrations_path(root: Path, task: str, settings: Settings) -> Path:
     "Where the pipeline keeps a task's demonstrations; smoke's few do not stand in for the real ones."
