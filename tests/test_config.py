@@ -97,7 +97,7 @@ def test_a_method_is_laid_over_the_task_and_the_tasks_word_on_it_over_both():
 def test_a_variant_inherits_what_it_does_not_say():
     tree = config.compose("laptop", "scripted")
     cold, full = tree["methods"]["ab_dp_cold"], tree["methods"]["ab_gamma_10"]
-    assert cold["policy"]["diffusion"] == {"prediction": "epsilon", "target_temperature": 0.4} and cold["kind"] == "dp"
+    assert cold["policy"]["diffusion"] == {"prediction": "epsilon", "sampler": "ddpm", "n_sample_steps": 100, "target_temperature": 0.4} and cold["kind"] == "dp"
     assert full["guidance"] == {**tree["methods"]["dp_ag"]["guidance"], "gamma": 10.0} and "of" not in full
 
 
