@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'EXTRA_TASKS', 'PUSHT_TASKS', 'PAPER_PUSHT', 'SPIRAL_MODELS', 'PAPER_SPIRALS', 'TABLES', 'PALETTE',
            'provenance', 'collect', 'pusht_rows', 'spirals_rows', 'readable_pusht', 'readable_details',
-           'readable_spirals', 'caption', 'write_table', 'collect_spirals', 'collect_ablation', 'check_tables',
-           'peak_memory', 'save_figure', 'plot_curve', 'plot_distribution', 'plot_spirals', 'plot_attention']
+           'readable_spirals', 'caption', 'write_table', 'collect_spirals', 'collect_acting', 'collect_ablation',
+           'check_tables', 'peak_memory', 'save_figure', 'plot_curve', 'plot_distribution', 'plot_spirals',
+           'plot_attention']
 
 # %% ../nbs/11_report.ipynb #0cef8c44
 import json
@@ -54,11 +55,14 @@ def collect(folder: Path, filename: str) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["profile", "demos", "task", "method", "train_seed"])
 
 # %% ../nbs/11_report.ipynb #51172ca5
+def _place(method: str) -> tuple: return list(METHODS).index(method.partition("/")[0]), method
+
 def pusht_rows(episodes: pd.DataFrame) -> pd.DataFrame:
-    "The long table of every Push-T cell that was run."
+    "The long table of every Push-T cell that was run. A method's weights acting in another way are a method of their own, `ada_flow/coarse`."
+    episodes = episodes[episodes.method.str.partition("/")[0].isin(list(METHODS))]
     out = []
     for (profile, demos, task), block in episodes.groupby(["profile", "demos", "task"]):
-        cells = {m: block[block.method == m] for m in METHODS if m in set(block.method)}
+        cells = {m: block[block.method == m] for m in sorted(set(block.method), key=_place)}
         def add(method, metric, value, low, high, paper=None):
             c = cells[method]
             out.append([task, method, metric, value, low, high, c.seed.nunique(), c.train_seed.nunique(), paper, demos, profile])
@@ -72,7 +76,7 @@ def pusht_rows(episodes: pd.DataFrame) -> pd.DataFrame:
             if method == "dp" or base is None or set(cell.seed) != set(base.seed): continue
             both = sorted(set(cell.train_seed) & set(base.train_seed))
             a, b = (matrix(c[c.train_seed.isin(both)], "score") for c in (cell, base))
-            if both: add(method, "score_minus_dp", *paired_difference(a, b), round(paper[method][0] - paper["dp"][0], 4) if paper else None)
+            if both: add(method, "score_minus_dp", *paired_difference(a, b), round(paper[method][0] - paper["dp"][0], 4) if paper and method in paper else None)
     return pd.DataFrame(out, columns=COLUMNS)
 
 # %% ../nbs/11_report.ipynb #ca875f1f
@@ -108,13 +112,13 @@ def readable_pusht(block: pd.DataFrame) -> pd.DataFrame:
 
 def readable_details(block: pd.DataFrame) -> pd.DataFrame:
     "Everything else that was measured in the cells that were run."
-    names = {"success": "success", "score_minus_dp": "score − DP, paired", "steps": "steps", "jerk_agent": "jerk, agent, (px/step³)²", "jerk_action": "jerk, action, (px/step³)²", "act_ms_p50": "act p50, ms", "act_ms_p99": "act p99, ms", "flow_steps": "steps of the flow"}
+    names = {"score": "score", "success": "success", "score_minus_dp": "score − DP, paired", "steps": "steps", "jerk_agent": "jerk, agent, (px/step³)²", "jerk_action": "jerk, action, (px/step³)²", "act_ms_p50": "act p50, ms", "act_ms_p99": "act p99, ms", "flow_steps": "steps of the flow"}
     rows = []
     for (task, m), g in block.groupby(["task", "method"], sort=False):
-        row = {"task": PUSHT_TASKS.get(task, EXTRA_TASKS.get(task, task)), "method": METHODS[m], "episodes": f"{g.n_seeds.iloc[0]} × {g.n_episodes.iloc[0]}"}
+        row = {"task": PUSHT_TASKS.get(task, EXTRA_TASKS.get(task, task)), "method": METHODS[m.partition("/")[0]] + (f", {m.partition('/')[2]}" if "/" in m else ""), "episodes": f"{g.n_seeds.iloc[0]} × {g.n_episodes.iloc[0]}"}
         for metric, name in names.items():
             hit = g[g.metric == metric]
-            row[name] = "–" if not len(hit) else _cell(hit.iloc[0]) if metric in ("success", "score_minus_dp") else f"{hit.measured.iloc[0]:.1f}"
+            row[name] = "–" if not len(hit) else _cell(hit.iloc[0]) if metric in ("score", "success", "score_minus_dp") else f"{hit.measured.iloc[0]:.1f}"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -151,7 +155,7 @@ def write_table(name: str, long: pd.DataFrame, layouts: list, folder: Path) -> l
     write_text(paths[2], "\n\n".join(tex).replace("†", r"$^\dagger$").replace("±", r"$\pm$").replace("–", "--").replace("−", "$-$").replace("³", "$^3$").replace("²", "$^2$") + "\n")
     return paths
 
-TABLES = {"pusht": (lambda results: pusht_rows(collect(results / "eval", "episodes.csv")), [readable_pusht, readable_details]),
+TABLES = {"pusht": (lambda results: pusht_rows(collect_acting(results)), [readable_pusht, readable_details]),
           "spirals": (lambda results: spirals_rows(collect_spirals(results)), [readable_spirals]),
           "ablation": (lambda results: ablation_rows(*collect_ablation(results)), [readable_ablation])}
 
@@ -160,10 +164,15 @@ def collect_spirals(results: Path) -> pd.DataFrame:
     frames = [pd.read_csv(p).assign(profile=p.parent.name) for p in sorted((results / "spirals").glob("*/runs.csv"))]
     return pd.concat(frames, ignore_index=True)
 
+def collect_acting(results: Path) -> pd.DataFrame:
+    "All episodes; those of the same weights acting in another way have the method `<method>/<name>`."
+    own, other = (collect(results / "eval", f) for f in ("episodes.csv", "acting.csv"))
+    if not len(other): return own
+    return pd.concat([own, other.assign(method=other.method + "/" + other.acting).drop(columns="acting")], ignore_index=True)
+
 def collect_ablation(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     "The ablation's episodes, with a column `row`, and every results/eval/<profile>-<demos>/ablation/diagnostics.csv."
-    own, other = (collect(results / "eval", f) for f in ("episodes.csv", "acting.csv"))
-    rows = pd.concat([own.assign(row=own.method), other.assign(row=other.method + "/" + other.acting.astype(str)) if len(other) else other.assign(row="")])
+    rows = collect_acting(results).rename(columns={"method": "row"})
     frames = [pd.read_csv(p).assign(**dict(zip(("profile", "demos"), p.parts[-3].rsplit("-", 1)))) for p in sorted((results / "eval").glob("*/ablation/diagnostics.csv"))]
     known = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["profile", "demos", "row", "train_seed", "cosine", "drift", "act_ratio", "train_ratio"])
     return rows[rows.row.str.startswith("ab_")], known
