@@ -117,3 +117,17 @@ def test_low_temperature_target_scales_noise():
 def test_evolved_latent_formula():
     mu, sigma, v = torch.randn(3, 2, 4)
     assert torch.equal(evolve_latent(mu, sigma, v, gamma=2.5), mu + 2.5 * sigma * v)
+
+
+def test_only_shared_noise_leaves_the_samples_to_tell_themselves_apart(settings, small, shapes, dataset):
+    "Eight times one sample: with noise of its own each is recognised by it; with one noise for all nothing is left, and the loss is that of a guess among seven."
+    got = {}
+    for noise in ("own", "shared"):
+        guidance = settings.methods["dp_ag"].guidance.model_copy(update=dict(contrastive_noise=noise, temperature=0.1))
+        torch.manual_seed(0)
+        policy = build_policy(config.DPAG(kind="dp_ag", guidance=guidance), small, shapes, dataset)
+        policy.encoder.heads.logvar.weight.data.zero_(); policy.encoder.heads.logvar.bias.data.fill_(-10)        # no noise of the latent either
+        one = dataset.batch(1, config.generator("b"))
+        batch = {"obs": {k: v.expand(8, *v.shape[1:]) for k, v in one["obs"].items()}, "action": one["action"].expand(8, -1, -1)}
+        got[noise] = policy.loss(batch, config.generator("n"))["contrastive"].item()
+    assert got["shared"] == pytest.approx(math.log(7), abs=0.02) and got["own"] < got["shared"] - 1

@@ -123,3 +123,13 @@ def test_cells_that_were_not_run_stay_empty():
     table = readable_pusht(pusht_rows(rows)).set_index("method")
     assert table.loc["DP", "Push-T kp"].startswith("0.500") and table.loc["IBC", "Push-T kp"] == "–" and table.loc["DP", "Push-T img"] == "–"
     with pytest.raises(ValueError, match="same initial states"): matrix(rows.iloc[1:], "score")
+
+
+def test_other_ways_of_acting_are_rows_of_their_own():
+    from dpag.report import readable_details, readable_pusht
+    rows = pd.DataFrame([dict(profile="laptop", demos="scripted", task="pusht_kp", method=m, train_seed=0, seed=i, score=v, success=0, steps=3, jerk_agent=1., jerk_action=1., act_ms_p50=1., act_ms_p99=1., flow_steps=n)
+                         for m, v, n in (("dp", .5, np.nan), ("ada_flow", .7, 9.5), ("ada_flow/coarse", .6, 3.), ("ab_dp", .1, np.nan)) for i in range(4)])
+    long = pusht_rows(rows)
+    assert "ab_dp" not in set(long.method) and readable_pusht(long).set_index("method").loc["AdaFlow", "Push-T kp"].startswith("0.700")
+    details = readable_details(long).set_index("method")
+    assert details.loc["AdaFlow, coarse", "score"].startswith("0.600") and details.loc["AdaFlow, coarse", "steps of the flow"] == "3.0" and details.loc["AdaFlow", "score − DP, paired"].startswith("0.200")
