@@ -52,8 +52,10 @@ def test_committed_rows_have_the_promised_columns():
     files = list((root() / "results/eval").glob("*/*/*/*/episodes.csv"))
     assert files
     for f in files:
-        assert list(pd.read_csv(f, nrows=1).columns) == ["seed", "score", "success", "steps", "jerk_agent", "jerk_action", "act_ms_p50", "act_ms_p99", "flow_steps"][:len(pd.read_csv(f, nrows=1).columns)]
+        columns = ["seed", "score", "success", "steps", "jerk_agent", "jerk_action", "act_ms_p50", "act_ms_p99"]
+        assert list(pd.read_csv(f, nrows=1).columns) in (columns, [*columns, "flow_steps"])             # the last came with the flows
         run = pd.read_json(f.parent / "run.json", typ="series")
+        assert set(pd.read_csv(f.parent / "curve.csv").step) <= {run.step, *(max(1, round(share * run.step)) for share in (0.25, 0.5))}, f        # no points of an earlier run
         assert {"profile", "demos", "data_hash", "settings_hash", "commit", "device", "n_parameters", "step", "train_seconds"} <= set(run.index)
 
 
