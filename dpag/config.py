@@ -6,8 +6,8 @@
 __all__ = ['AnyMethod', 'root', 'atomic', 'write_text', 'Strict', 'Camera', 'Encoder', 'MLPNet', 'UNet', 'Diffusion', 'Policy',
            'Guidance', 'Method', 'DP', 'DPAG', 'LSTMGMM', 'IBC', 'BET', 'FlowPolicy', 'AdaFlow', 'EMA', 'Train',
            'Evaluate', 'Expert', 'Ball', 'PushT', 'Spirals', 'Column', 'Cell', 'Ablation', 'Overrides', 'derived',
-           'merge', 'Settings', 'SettingsError', 'validate', 'load', 'fingerprint', 'derive_seed', 'generator',
-           'seed_everything', 'compose', 'inherit', 'differences', 'select']
+           'merge', 'acting_as', 'Settings', 'SettingsError', 'validate', 'load', 'fingerprint', 'derive_seed',
+           'generator', 'seed_everything', 'compose', 'inherit', 'differences', 'select']
 
 # %% ../nbs/00_config.ipynb #d35e51b7
 import copy
@@ -148,10 +148,9 @@ class Guidance(Strict):
 
 # %% ../nbs/00_config.ipynb #b7af7ac0
 class Method(Strict):
-    "What any method may say: settings laid over the task's, and by name the fields of its own that change when it acts in another way."
+    "What any method may say: settings laid over the task's."
     policy: dict = {}
     train: dict = {}
-    acting: dict[str, dict] = {}
 
 class DP(Method):
     "Diffusion Policy."
@@ -240,6 +239,7 @@ class Evaluate(Strict):
     latency_repeats: PositiveInt
     curve: list[Annotated[float, Field(gt=0, le=1)]]             # shares of the training after which the policy is also scored
     curve_episodes: PositiveInt
+    acting: dict[str, dict[str, dict]]                           # {method: {name: changes of the method}}: the same weights, also scored acting in other ways
 
 # %% ../nbs/00_config.ipynb #abfcf0d3
 class Expert(Strict):
@@ -315,7 +315,7 @@ class Overrides(Strict):
     train: dict = {}
     evaluate: dict = {}
     pusht: dict = {}
-    methods: dict[str, dict] = {}
+    methods: dict[str, dict[Literal["policy", "train"], dict]] = {}
 
 def derived(tree: dict) -> dict:
     "What DVC wants one by one, from a tree's `pipeline` and `ablation`: `cells` `{name: Cell}`, `datasets` `{name: {run, task}}`, and the runs that have an ablation."
@@ -333,6 +333,14 @@ def merge(base: dict, over: dict) -> dict:
     "`over` laid over `base`, dict by dict. A change of `kind` replaces the whole dict: its other keys meant something else."
     if "kind" in over and over["kind"] != base.get("kind"): return over
     return {**base, **{k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}}
+
+def acting_as(method: Method, changes: dict) -> Method:
+    "A method with some of its fields changed, checked; raises pydantic's ValidationError."
+    return type(method).model_validate(merge(method.model_dump(), changes))
+
+def _first(error: ValidationError, section: str, owner: str) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join([section, *(str(p) for p in first['loc'])])} of {owner} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
 
 # %% ../nbs/00_config.ipynb #a1b2c3d4
 class Settings(Strict):
@@ -356,10 +364,10 @@ class Settings(Strict):
     @model_validator(mode="after")
     def _check(self):
         if self.run != [f"{self.profile}-{self.demos}"]: raise ValueError(f"run = {self.run} must be [{self.profile}-{self.demos}]")
-        named = {**{f"pipeline.{t}": c.methods for t, c in self.pipeline.items()}, "ablation": self.ablation.methods, **{f"tasks.{t}": o.methods for t, o in self.tasks.items()}}
+        named = {**{f"pipeline.{t}.methods": c.methods for t, c in self.pipeline.items()}, "ablation.methods": self.ablation.methods, "evaluate.acting": self.evaluate.acting, **{f"tasks.{t}.methods": o.methods for t, o in self.tasks.items()}}
         for where, names in named.items():
             unknown = set(names) - set(self.methods)
-            if unknown: raise ValueError(f"{where}.methods has {sorted(unknown)}; allowed are {sorted(self.methods)}")
+            if unknown: raise ValueError(f"{where} names the methods {sorted(unknown)}; allowed are {sorted(self.methods)}")
         unknown = ({self.ablation.task} | set(self.pipeline)) - set(self.tasks)
         if unknown: raise ValueError(f"pipeline has {sorted(unknown)}; allowed are the tasks {sorted(self.tasks)}")
         for task in self.tasks:
@@ -374,10 +382,11 @@ class Settings(Strict):
         sections = {}
         for name, kind in (("policy", Policy), ("train", Train), ("evaluate", Evaluate), ("pusht", PushT)):
             try: sections[name] = kind.model_validate(functools.reduce(merge, layers[name], getattr(self, name).model_dump()))
-            except ValidationError as e:
-                first = e.errors()[0]
-                raise ValueError(f"{name}.{'.'.join(str(p) for p in first['loc'])} of {method or 'any method'} on {task} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from None
+            except ValidationError as e: raise ValueError(_first(e, name, f"{method or 'any method'} on {task}")) from None
         if method and m.kind in ("dp", "dp_ag", "flow_policy", "ada_flow"): sections["policy"].check_net()
+        for name, changes in sections["evaluate"].acting.get(method, {}).items():
+            try: acting_as(m, changes)
+            except ValidationError as e: raise ValueError(_first(e, f"evaluate.acting.{method}.{name}", task)) from None
         last, demo = sections["evaluate"].first_seed + sections["evaluate"].n_episodes, sections["pusht"].demo_seed
         if last > demo: raise ValueError(f"evaluate.first_seed + n_episodes = {last} must be at most pusht.demo_seed = {demo}: a policy is not tested on states it was trained from")
         return self.model_copy(update=sections)

@@ -76,7 +76,7 @@ class ChunkPolicy(nn.Module):
 
     def act_as(self, changes: dict):
         "Change fields of `method` that matter when acting; returns self."
-        self.method = type(self.method).model_validate(config.merge(self.method.model_dump(), changes))
+        self.method = config.acting_as(self.method, changes)
         return self
 
 # %% ../nbs/06_policy.ipynb #3f1dd257

@@ -75,8 +75,9 @@ def pusht_rows(episodes: pd.DataFrame) -> pd.DataFrame:
         for method, cell in cells.items():
             if method == "dp" or base is None or set(cell.seed) != set(base.seed): continue
             both = sorted(set(cell.train_seed) & set(base.train_seed))
+            if not both: continue
             a, b = (matrix(c[c.train_seed.isin(both)], "score") for c in (cell, base))
-            if both: add(method, "score_minus_dp", *paired_difference(a, b), round(paper[method][0] - paper["dp"][0], 4) if paper and method in paper else None)
+            add(method, "score_minus_dp", *paired_difference(a, b), round(paper[method][0] - paper["dp"][0], 4) if paper and method in paper else None)
     return pd.DataFrame(out, columns=COLUMNS)
 
 # %% ../nbs/11_report.ipynb #ca875f1f

@@ -84,7 +84,8 @@ def test_lstm_gmm_loss_is_robomimics_own(methods, made):
 
 def test_ibc_loss_is_the_formula(made):
     policy, batch, _ = made["ibc"]
-    z, g = policy.encode(batch["obs"], gen := config.generator("n"))[0], gen
+    g = config.generator("n")
+    z = policy.encode(batch["obs"], g)[0]
     a = policy.normalised(batch)[:, policy.executes].flatten(1)
     a = a + policy.method.jitter * torch.randn(8, 1, 2, generator=g)[:, 0]
     others = 2 * torch.rand(8, policy.method.n_negatives, 2, generator=g) - 1
@@ -134,8 +135,9 @@ def test_flow_policy_acts_in_one_step(made):
 
 def test_ada_flow_loss_is_the_formula(made):
     policy, batch, _ = made["ada_flow"]
-    a, z, g = policy.normalised(batch), policy.encode(batch["obs"], gen := config.generator("n"))[0], gen
-    noise, t = torch.randn(a.shape, generator=g), None
+    g = config.generator("n")
+    a, z = policy.normalised(batch), policy.encode(batch["obs"], g)[0]
+    noise = torch.randn(a.shape, generator=g)
     t = torch.rand(8, generator=g)
     total = 0.0
     for i in range(8):
