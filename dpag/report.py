@@ -231,7 +231,8 @@ def plot_curve(curve: pd.DataFrame):
 def plot_distribution(episodes: pd.DataFrame):
     "How many episodes score how much: a policy that half succeeds always differs from one that succeeds half the time."
     fig, ax = plt.subplots(figsize=(5, 3))
-    sns.ecdfplot(episodes, x="score", hue="method", hue_order=[m for m in METHODS if m in set(episodes.method)], palette=PALETTE, ax=ax)
+    shown = [m for m in METHODS if m in set(episodes.method)]
+    sns.ecdfplot(episodes.assign(method=episodes.method.map(METHODS)), x="score", hue="method", hue_order=[METHODS[m] for m in shown], palette={METHODS[m]: PALETTE[m] for m in shown}, ax=ax)
     ax.set(xlabel="score of an episode", ylabel="share of episodes below", xlim=(0, 1.02)); ax.grid(alpha=.3)
     return fig
 
