@@ -364,7 +364,7 @@ class Settings(Strict):
     @model_validator(mode="after")
     def _check(self):
         if self.run != [f"{self.profile}-{self.demos}"]: raise ValueError(f"run = {self.run} must be [{self.profile}-{self.demos}]")
-        named = {**{f"pipeline.{t}.methods": c.methods for t, c in self.pipeline.items()}, "ablation.methods": self.ablation.methods, "evaluate.acting": self.evaluate.acting, **{f"tasks.{t}.methods": o.methods for t, o in self.tasks.items()}}
+        named = {**{f"pipeline.{t}.methods": c.methods for t, c in self.pipeline.items()}, "ablation.methods": self.ablation.methods, "evaluate.acting": self.evaluate.acting, **{f"tasks.{t}.evaluate.acting": o.evaluate.get("acting", {}) for t, o in self.tasks.items()}, **{f"tasks.{t}.methods": o.methods for t, o in self.tasks.items()}}
         for where, names in named.items():
             unknown = set(names) - set(self.methods)
             if unknown: raise ValueError(f"{where} names the methods {sorted(unknown)}; allowed are {sorted(self.methods)}")

@@ -224,7 +224,7 @@ def plot_curve(curve: pd.DataFrame):
     last = {m: matrix(b[b.step == b.step.max()], "score") for m, b in curve.groupby("method")}
     if {"dp", "dp_ag"} <= last.keys() and last["dp"].shape == last["dp_ag"].shape:
         d, low, high = paired_difference(last["dp_ag"], last["dp"])
-        ax.set_title(f"at the end DP-AG − DP = {d:.3f} [{low:.3f}, {high:.3f}]" + (": not told apart" if low <= 0 <= high else ""), fontsize=8)
+        ax.set_title(f"at the end, {last['dp'].shape[1]} states: DP-AG − DP = {d:.3f} [{low:.3f}, {high:.3f}]" + (": not told apart" if low <= 0 <= high else ""), fontsize=8)
     ax.set(xlabel="training step", ylabel="mean score", ylim=(0, 1)); ax.grid(alpha=.3); ax.legend(fontsize=7)
     return fig
 

@@ -42,6 +42,7 @@ CASES = [
     ({"evaluate.acting": {"ada_flow": {"coarse": {"eta": -1}}}}, ["evaluate.acting.ada_flow.coarse.eta", "-1", "greater than 0"]),
     ({"evaluate.acting": {"dp": {"fast": {"etta": 1}}}}, ["evaluate.acting.dp.fast.etta", "not permitted"]),
     ({"evaluate.acting": {"ada_flo": {}}}, ["evaluate.acting names the methods ['ada_flo']", "ada_flow"]),
+    ({"tasks.pusht_img.evaluate": {"acting": {"ada_flo": {}}}}, ["tasks.pusht_img.evaluate.acting names the methods ['ada_flo']"]),
     ({"tasks.pusht_img.train": {"lr": -1}}, ["train.lr of any method on pusht_img = -1", "greater than 0"]),
     ({"tasks.pusht_img.policy": {"encoder": {"camera": {"backbone": "vit"}}}}, ["policy.encoder.camera.backbone of any method on pusht_img = 'vit'", "'small' or 'resnet18'"]),
     ({"tasks.pusht_img.learning": {}}, ["tasks.pusht_img.learning", "Extra inputs"]),
