@@ -26,7 +26,7 @@ $(READY): constraints.txt pyproject.toml
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	$(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python -c constraints.txt -e '.[dev]' || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python -c constraints.txt --no-deps robomimic || $(BIN)/python -m pip install --quiet -c constraints.txt --no-deps robomimic
+	$(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python -c constraints.txt --no-deps robomimic robosuite || $(BIN)/python -m pip install --quiet -c constraints.txt --no-deps robomimic robosuite
 	@rm -f $(VENV)/.ready-*; touch $@
 install: $(READY)
 

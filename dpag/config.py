@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['AnyMethod', 'root', 'atomic', 'write_text', 'Strict', 'Camera', 'Encoder', 'MLPNet', 'UNet', 'Diffusion', 'Policy',
            'Guidance', 'Method', 'DP', 'DPAG', 'LSTMGMM', 'IBC', 'BET', 'FlowPolicy', 'AdaFlow', 'EMA', 'Train',
-           'Evaluate', 'Expert', 'Ball', 'PushT', 'Spirals', 'Column', 'Cell', 'Ablation', 'Overrides', 'derived',
-           'merge', 'acting_as', 'Settings', 'SettingsError', 'validate', 'load', 'fingerprint', 'derive_seed',
-           'generator', 'seed_everything', 'compose', 'inherit', 'differences', 'select']
+           'Evaluate', 'Expert', 'Ball', 'PushT', 'Operator', 'Robomimic', 'KitchenExpert', 'Kitchen', 'Spirals',
+           'Column', 'Cell', 'Ablation', 'Overrides', 'derived', 'merge', 'acting_as', 'Settings', 'SettingsError',
+           'validate', 'load', 'fingerprint', 'derive_seed', 'generator', 'seed_everything', 'compose', 'inherit',
+           'differences', 'select']
 
 # %% ../nbs/00_config.ipynb #d35e51b7
 import copy
@@ -236,6 +237,8 @@ class Evaluate(Strict):
     n_episodes: PositiveInt
     first_seed: NonNegativeInt                                   # initial states: seeds first_seed, first_seed + 1, …
     n_films: NonNegativeInt
+    at_once: PositiveInt                                         # episodes in one process at a time; a simulator may need 0.3 GB each
+    workers: PositiveInt                                         # processes
     latency_repeats: PositiveInt
     curve: list[Annotated[float, Field(gt=0, le=1)]]             # shares of the training after which the policy is also scored
     curve_episodes: PositiveInt
@@ -271,6 +274,48 @@ class PushT(Strict):
     expert: Expert
     ball: Ball                                                   # of Dynamic Push-T
 
+# %% ../nbs/00_config.ipynb #78886a7f
+class Operator(Strict):
+    "Somebody who moves a robot's hand, as far as the robomimic scripts are concerned."
+    speed: tuple[PositiveFloat, PositiveFloat]                   # m a step (50 ms): drawn between these for each episode
+    noise: NonNegativeFloat                                      # a slow wobble's deviation, in full delta actions of 5 cm
+    via: NonNegativeFloat                                        # m: how far detours lead off a long straight way
+    pause: Annotated[float, Field(ge=0, le=1)]                   # probability of a rest before a motion
+    retry: Annotated[float, Field(ge=0, le=1)]                   # probability of a missed grasp
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.speed[0] > self.speed[1]: raise ValueError(f"speed = {self.speed} must be [lowest, highest]")
+        return self
+
+class Robomimic(Strict):
+    "A robomimic task: the environment's limit and where its demonstrations come from."
+    max_steps: PositiveInt
+    n_demos: PositiveInt
+    demo_seed: NonNegativeInt
+    patience: PositiveInt                                        # steps that a scripted episode may take
+    operators: dict[str, Operator]
+    crew: list[str] = Field(min_length=1)                        # the operators who demonstrate this task, each an equal share
+
+    @model_validator(mode="after")
+    def _check(self):
+        unknown = set(self.crew) - set(self.operators)
+        if unknown: raise ValueError(f"crew has {sorted(unknown)}; allowed are {sorted(self.operators)}")
+        return self
+
+class KitchenExpert(Strict):
+    "The scripted cook; each range is drawn from for each episode."
+    speed: tuple[PositiveFloat, PositiveFloat]                   # m a step (80 ms) of the hand's reference
+    gain: tuple[PositiveFloat, PositiveFloat]                    # of the joints' steps; above 1, the servo lags
+    noise: NonNegativeFloat                                      # a wobble's deviation, in full actions
+
+class Kitchen(Strict):
+    "Franka Kitchen: the environment's limit and where its demonstrations come from."
+    max_steps: PositiveInt
+    n_demos: PositiveInt
+    demo_seed: NonNegativeInt
+    expert: KitchenExpert
+
 class Spirals(Strict):
     "The irregular-spirals experiment."
     n_spirals: PositiveInt
@@ -300,6 +345,7 @@ class Cell(Strict):
     task: str
     method: str
     seed: NonNegativeInt
+    world: str                                                   # where the task lives: the settings' section and the folder in dpag/tasks
     module: str                                                  # what the method is written in, beside the policies' common part
 
 class Ablation(Strict):
@@ -310,23 +356,27 @@ class Ablation(Strict):
     demos: list[Literal["scripted", "human"]]
 
 class Overrides(Strict):
-    "What a task sets differently; each is merged over the section of that name. `methods` has more of it for single methods: `{method: {policy, train}}`."
+    "Which world a task lives in, and what it sets differently; each is merged over the section of that name. `methods` has more of it for single methods: `{method: {policy, train}}`."
+    world: Literal["pusht", "robomimic", "kitchen"]
     policy: dict = {}
     train: dict = {}
     evaluate: dict = {}
     pusht: dict = {}
+    robomimic: dict = {}
+    kitchen: dict = {}
     methods: dict[str, dict[Literal["policy", "train"], dict]] = {}
 
 def derived(tree: dict) -> dict:
-    "What DVC wants one by one, from a tree's `pipeline` and `ablation`: `cells` `{name: Cell}`, `datasets` `{name: {run, task}}`, and the runs that have an ablation."
+    "What DVC wants one by one, from a tree's `pipeline` and `ablation`: `cells` `{name: Cell}`, `datasets` `{name: {run, task, world}}`, and the runs that have an ablation."
     run, demos, ablation = tree["run"][0], tree["demos"], tree["ablation"]
     wanted = [(t, m, s) for t, c in tree["pipeline"].items() if demos in c["demos"] for m, seeds in c["methods"].items() for s in seeds]
     ablated = demos in ablation["demos"] and len(ablation["methods"]) > 0
     if ablated: wanted += [(ablation["task"], m, s) for m in ablation["methods"] for s in ablation["seeds"]]
     kinds = {m: tree["methods"].get(m, {}).get("kind", "") for _, m, _ in wanted}
     modules = {m: "dpag/guidance.py" if kind in ("dp", "dp_ag", "") else f"dpag/baselines/{kind}.py" for m, kind in kinds.items()}
-    cells = {f"{run}-{t}-{m}-s{s}": {"run": run, "task": t, "method": m, "seed": s, "module": modules[m]} for t, m, s in sorted(wanted, key=lambda w: w[2])}
-    return {"cells": cells, "datasets": {f"{run}-{t}": {"run": run, "task": t} for t in dict.fromkeys(c["task"] for c in cells.values())}, "ablated": [run] if ablated else []}
+    worlds = {t: tree["tasks"].get(t, {}).get("world", "") for t, _, _ in wanted}
+    cells = {f"{run}-{t}-{m}-s{s}": {"run": run, "task": t, "method": m, "seed": s, "world": worlds[t], "module": modules[m]} for t, m, s in sorted(wanted, key=lambda w: w[2])}
+    return {"cells": cells, "datasets": {f"{run}-{t}": {"run": run, "task": t, "world": worlds[t]} for t in dict.fromkeys(c["task"] for c in cells.values())}, "ablated": [run] if ablated else []}
 
 # %% ../nbs/00_config.ipynb #217f5990
 def merge(base: dict, over: dict) -> dict:
@@ -354,6 +404,8 @@ class Settings(Strict):
     datasets: dict[str, dict[str, str]]                          # likewise
     ablated: list[str]                                           # likewise: this run, if it has an ablation
     pusht: PushT
+    robomimic: Robomimic
+    kitchen: Kitchen
     policy: Policy
     methods: dict[str, AnyMethod]
     train: Train
@@ -376,19 +428,20 @@ class Settings(Strict):
 
     def for_cell(self, task: str, method: str | None = None) -> "Settings":
         "The settings of a task, and of a method on it. Raises ValueError where what these say is invalid."
-        over, m = self.tasks.get(task, Overrides()), self.methods[method] if method else Method()
-        layers = {"policy": [over.policy, m.policy], "train": [over.train, m.train], "evaluate": [over.evaluate], "pusht": [over.pusht]}
+        if task not in self.tasks: raise ValueError(f"task = {task!r}: allowed are {sorted(self.tasks)}")
+        over, m = self.tasks[task], self.methods[method] if method else Method()
+        layers = {"policy": [over.policy, m.policy], "train": [over.train, m.train], "evaluate": [over.evaluate], over.world: [getattr(over, over.world)]}
         for name, more in over.methods.get(method, {}).items(): layers[name].append(more)
         sections = {}
-        for name, kind in (("policy", Policy), ("train", Train), ("evaluate", Evaluate), ("pusht", PushT)):
-            try: sections[name] = kind.model_validate(functools.reduce(merge, layers[name], getattr(self, name).model_dump()))
+        for name, changes in layers.items():
+            try: sections[name] = type(getattr(self, name)).model_validate(functools.reduce(merge, changes, getattr(self, name).model_dump()))
             except ValidationError as e: raise ValueError(_first(e, name, f"{method or 'any method'} on {task}")) from None
         if method and m.kind in ("dp", "dp_ag", "flow_policy", "ada_flow"): sections["policy"].check_net()
         for name, changes in sections["evaluate"].acting.get(method, {}).items():
             try: acting_as(m, changes)
             except ValidationError as e: raise ValueError(_first(e, f"evaluate.acting.{method}.{name}", task)) from None
-        last, demo = sections["evaluate"].first_seed + sections["evaluate"].n_episodes, sections["pusht"].demo_seed
-        if last > demo: raise ValueError(f"evaluate.first_seed + n_episodes = {last} must be at most pusht.demo_seed = {demo}: a policy is not tested on states it was trained from")
+        last, demo = sections["evaluate"].first_seed + sections["evaluate"].n_episodes, sections[over.world].demo_seed
+        if last > demo: raise ValueError(f"evaluate.first_seed + n_episodes = {last} must be at most {over.world}.demo_seed = {demo}: a policy is not tested on states it was trained from")
         return self.model_copy(update=sections)
 
 # %% ../nbs/00_config.ipynb #22f2d96f

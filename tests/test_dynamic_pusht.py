@@ -7,7 +7,7 @@ from gymnasium.utils.env_checker import check_env
 
 from dpag import config
 from dpag.tasks.base import get_task
-from dpag.tasks.dynamic_pusht import DynamicPushT, authors_demonstrations
+from dpag.tasks.pusht.dynamic import DynamicPushT, authors_demonstrations
 
 
 def walk(env, seed, steps=150, **kw):
@@ -40,7 +40,7 @@ def test_the_ball_keeps_its_speed_and_its_place(settings):
 
 
 def test_the_initial_state_is_push_ts_and_the_ball_can_be_another():
-    from dpag.tasks.pusht import PushT
+    from dpag.tasks.pusht.env import PushT
     plain, env = PushT(), DynamicPushT()
     plain.reset(seed=11); env.reset(seed=11)
     assert np.array_equal(env.state[:5], plain.state)

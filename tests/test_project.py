@@ -11,12 +11,12 @@ import pytest
 from dpag.config import root
 from dpag.data import load_demonstrations, window_indices
 from dpag.pipeline import stage_graph
-from dpag.report import check_tables, pusht_rows
+from dpag.report import PUSHT_TASKS, check_tables, task_rows
 from dpag.rollout import rollout
 from dpag.stats import bootstrap_mean, clopper_pearson, matrix
 from dpag.tasks.base import get_task
 
-FLOORS = ["libraries", "config", "data", "encoder", "noise_net", "diffusion", "guidance", "policy", *[f"baselines.{b}" for b in ("toy", "lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow")], "tasks.base", "tasks.pusht_expert", "tasks.pusht", "tasks.dynamic_pusht", "tasks.spirals", "train", "rollout", "stats", "ablation", "report", "pipeline"]
+FLOORS = ["libraries", "config", "data", "encoder", "noise_net", "diffusion", "guidance", "policy", *[f"baselines.{b}" for b in ("toy", "lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow")], "tasks.base", "tasks.pusht.expert", "tasks.pusht.env", "tasks.pusht.dynamic", "tasks.robomimic.env", "tasks.robomimic.expert", "tasks.robomimic.files", "tasks.robomimic.tasks", "tasks.kitchen.env", "tasks.kitchen.expert", "tasks.kitchen.tasks", "tasks.spirals", "train", "rollout", "stats", "ablation", "report", "pipeline"]
 
 
 def test_no_module_imports_from_a_higher_floor():
@@ -110,7 +110,7 @@ def test_rollout_is_reproducible_and_counts_every_episode(settings):
     a, _ = rollout(Wander(), task.make_env, range(3), max_steps=40, n_obs_steps=2)
     b, films = rollout(Wander(), task.make_env, range(3), max_steps=40, n_obs_steps=2, n_films=1)
     pd.testing.assert_frame_equal(a, b)
-    assert a.seed.tolist() == [0, 1, 2] and len(films[0]) == a.steps[0] + 1
+    assert a.seed.tolist() == [0, 1, 2] and len(films[0]) == a.steps[0] // 2 + 1
 
 
 def test_interval_of_a_certain_score_is_a_point():
@@ -122,7 +122,7 @@ def test_interval_of_a_certain_score_is_a_point():
 def test_cells_that_were_not_run_stay_empty():
     from dpag.report import readable_pusht
     rows = pd.DataFrame([dict(profile="laptop", demos="scripted", task="pusht_kp", method="dp", train_seed=s, seed=i, score=.5, success=0, steps=3, jerk_agent=1., jerk_action=1., act_ms_p50=1., act_ms_p99=1.) for s in (0, 1) for i in range(4)])
-    table = readable_pusht(pusht_rows(rows)).set_index("method")
+    table = readable_pusht(task_rows(rows, PUSHT_TASKS)).set_index("method")
     assert table.loc["DP", "Push-T kp"].startswith("0.500") and table.loc["IBC", "Push-T kp"] == "–" and table.loc["DP", "Push-T img"] == "–"
     with pytest.raises(ValueError, match="same initial states"): matrix(rows.iloc[1:], "score")
 
@@ -131,7 +131,7 @@ def test_other_ways_of_acting_are_rows_of_their_own():
     from dpag.report import readable_details, readable_pusht
     rows = pd.DataFrame([dict(profile="laptop", demos="scripted", task="pusht_kp", method=m, train_seed=0, seed=i, score=v, success=0, steps=3, jerk_agent=1., jerk_action=1., act_ms_p50=1., act_ms_p99=1., flow_steps=n)
                          for m, v, n in (("dp", .5, np.nan), ("ada_flow", .7, 9.5), ("ada_flow/coarse", .6, 3.), ("ab_dp", .1, np.nan)) for i in range(4)])
-    long = pusht_rows(rows)
+    long = task_rows(rows, PUSHT_TASKS)
     assert "ab_dp" not in set(long.method) and readable_pusht(long).set_index("method").loc["AdaFlow", "Push-T kp"].startswith("0.700")
     details = readable_details(long).set_index("method")
     assert details.loc["AdaFlow, coarse", "score"].startswith("0.600") and details.loc["AdaFlow, coarse", "steps of the flow"] == "3.0" and details.loc["AdaFlow", "score − DP, paired"].startswith("0.200")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from dpag import config
-from dpag.tasks import pusht
-from dpag.tasks.pusht import PushT, human_archive, human_demonstrations, keypoints_of, replay
-from dpag.tasks.pusht_expert import run_expert, scripted_demonstrations
+from dpag.tasks.pusht import env as pusht
+from dpag.tasks.base import fetch
+from dpag.tasks.pusht.env import PushT, human_demonstrations, keypoints_of, replay
+from dpag.tasks.pusht.expert import run_expert, scripted_demonstrations
 
 needs_human = pytest.mark.skipif(not os.environ.get("DPAG_MIRROR"), reason="DPAG_MIRROR names no folder with pusht.zip")
 
@@ -47,7 +48,7 @@ def test_human_keypoints_are_the_environments():
 
 def test_no_network_and_no_mirror_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.delenv("DPAG_MIRROR", raising=False)
-    with pytest.raises(ConnectionError, match="(?s)connect to a network.*DPAG_MIRROR"): human_archive(tmp_path, url="http://127.0.0.1:9/pusht.zip", retries=0)
+    with pytest.raises(ConnectionError, match="(?s)connect to a network.*DPAG_MIRROR"): fetch("pusht.zip", "http://127.0.0.1:9/pusht.zip", tmp_path, retries=0)
     assert not list(tmp_path.iterdir())
 
 
@@ -74,7 +75,7 @@ def test_wrong_data_and_hostile_names_are_refused(tmp_path, monkeypatch):
     # Downloaded once, it fails the check and is removed; nothing was unpacked anywhere.
     monkeypatch.delenv("DPAG_MIRROR", raising=False)
     folder = tmp_path / "raw"; folder.mkdir(); (tmp_path / "pusht.zip").rename(folder / "pusht.zip")
-    monkeypatch.setattr(pusht, "human_archive", lambda folder: folder / "pusht.zip")
+    monkeypatch.setattr(pusht, "fetch", lambda name, url, folder: folder / name)
     with pytest.raises(ValueError, match="sha256"): human_demonstrations(folder)
     assert not list(folder.iterdir()) and not (tmp_path.parent / "escaped").exists() and not (tmp_path / "escaped").exists()
 

@@ -13,7 +13,7 @@ from dpag.data import Demonstrations, Standardizer, WindowDataset, load_demonstr
 from dpag.encoder import Camera, ObservationEncoder, build_backbone, spatial_softmax
 from dpag.policy import Shapes, build_policy, load_policy, save_policy
 from dpag.rollout import rollout, stack_observations
-from dpag.tasks.pusht import PushT, draw_states, human_demonstrations
+from dpag.tasks.pusht.env import PushT, draw_states, human_demonstrations
 
 needs_human = pytest.mark.skipif(not os.environ.get("DPAG_MIRROR"), reason="DPAG_MIRROR names no folder with pusht.zip")
 IMAGE_SHAPES = Shapes(obs={"image": (96, 96, 3), "agent_pos": (2,)}, action_dim=2, action_ref="agent_pos")
