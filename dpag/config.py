@@ -290,6 +290,7 @@ class Operator(Strict):
 
 class Robomimic(Strict):
     "A robomimic task: the environment's limit and where its demonstrations come from."
+    observation: Literal["object", "image"]                      # image: the cameras' pictures in the place of the objects' poses
     max_steps: PositiveInt
     n_demos: PositiveInt
     demo_seed: NonNegativeInt

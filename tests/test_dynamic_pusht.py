@@ -104,7 +104,7 @@ def test_the_keypoint_variant_trains_and_acts_on_the_ball(settings):
     from dpag.data import WindowDataset
     from dpag.policy import build_policy
     from dpag.rollout import rollout
-    few = settings.model_copy(update={"pusht": settings.pusht.model_copy(update={"n_demos": 2}), "tasks": {}})
+    few = settings.model_copy(update={"pusht": settings.pusht.model_copy(update={"n_demos": 2}), "tasks": {"dynamic_pusht_kp": settings.tasks["dynamic_pusht_kp"]}})
     task = get_task("dynamic_pusht_kp", few)
     d = task.make_demonstrations("scripted")
     assert d.arrays["ball"].shape == (d.episode_ends[-1], 4) and d.arrays["state"].shape[1] == 9

@@ -33,19 +33,19 @@ def human_demonstrations(scene: str, who: str) -> Demonstrations:
 
 # %% ../../../nbs/tasks/robomimic/tasks.ipynb #87151295
 @functools.lru_cache(1)
-def _env(scene: str) -> Robomimic: return Robomimic(scene)               # building one takes a second; a worker keeps its own
+def _env(scene: str, observation: str) -> Robomimic: return Robomimic(scene, observation)     # building one takes a second; a worker keeps its own
 
-def attempt(scene: str, operator: Operator, patience: int, seed: int) -> tuple[dict, bool]:
-    "One scripted episode from the initial state of `seed`: its arrays (32-bit but for `sim_state`), and whether it succeeded."
-    arrays, success = run_script(_env(scene), SCRIPTS[scene], operator, seed=seed, max_steps=patience)
-    return {k: a if k == "sim_state" else a.astype(np.float32) for k, a in arrays.items()}, success
+def attempt(scene: str, observation: str, operator: Operator, patience: int, seed: int) -> tuple[dict, bool]:
+    "One scripted episode from the initial state of `seed`: its arrays (32-bit but for `sim_state` and pictures), and whether it succeeded."
+    arrays, success = run_script(_env(scene, observation), SCRIPTS[scene], operator, seed=seed, max_steps=patience)
+    return {k: a if k == "sim_state" or a.dtype == np.uint8 else a.astype(np.float32) for k, a in arrays.items()}, success
 
 def scripted_demonstrations(scene: str, settings: RobomimicSettings, workers: int | None = None) -> Demonstrations:
     "`settings.n_demos` successful episodes by the crew, operator after operator."
     episodes, operators, made = [], {}, {}
     for k, name in enumerate(settings.crew):
         share = settings.n_demos * (k + 1) // len(settings.crew) - settings.n_demos * k // len(settings.crew)
-        kept, made[name] = collect(partial(attempt, scene, settings.operators[name], settings.patience), n_demos=share, first_seed=settings.demo_seed + 10000 * k, workers=workers, least=0.1, name=f"{scene}, {name} operator")
+        kept, made[name] = collect(partial(attempt, scene, settings.observation, settings.operators[name], settings.patience), n_demos=share, first_seed=settings.demo_seed + 10000 * k, workers=workers, least=0.1, name=f"{scene}, {name} operator")
         operators[name] = list(range(len(episodes), len(episodes) + share))
         episodes += kept
     ends = np.cumsum([len(e["action"]) for e in episodes])
@@ -60,6 +60,8 @@ def make_task(name: str, settings: Settings) -> Task:
     scene, who = name.rsplit("_", 1)
     s, kind = settings.robomimic, SCENES[scene]
     def demonstrations(source: str) -> Demonstrations:
+        if source == "human" and s.observation == "image": raise ValueError(f"robomimic.observation of {name} = 'image': robomimic's public files have no pictures; allowed are object, or DEMOS=scripted")
         return human_demonstrations(scene, who) if source == "human" else scripted_demonstrations(scene, s)
-    return Task(name=name, title=f"{TITLES[scene]} {who}", shapes=Shapes(obs={"object": (kind.object_dim,), "gripper_qpos": (2 * kind.n_arms,), "hold": (10 * kind.n_arms,)}, action_dim=10 * kind.n_arms, action_ref="hold"),
-                max_steps=s.max_steps, step_seconds=0.05, make_env=partial(Robomimic, scene, size=192), make_demonstrations=demonstrations)
+    seen = {"object": (kind.object_dim,)} if s.observation == "object" else {c: (kind.side, kind.side, 3) for c in kind.cameras}
+    return Task(name=name, title=f"{TITLES[scene]} {who}", shapes=Shapes(obs={**seen, "gripper_qpos": (2 * kind.n_arms,), "hold": (10 * kind.n_arms,)}, action_dim=10 * kind.n_arms, action_ref="hold"),
+                max_steps=s.max_steps, step_seconds=0.05, make_env=partial(Robomimic, scene, s.observation, size=192), make_demonstrations=demonstrations)
