@@ -53,8 +53,13 @@ def choose_opengl() -> str:
         os.environ["MUJOCO_GL"] = next((kind for kind in ("egl", "osmesa") if draws(kind)), "disabled")
     return os.environ.get("MUJOCO_GL", "")
 
+_drawing = None                                                # the process that has drawn
+
 def check_opengl():
-    "Raise RuntimeError that says what to do where nothing can be drawn."
+    "Raise RuntimeError that says what to do where nothing can be drawn: without OpenGL, and in a process forked from one that has drawn, where OSMesa would wait for ever for threads that were not forked."
+    global _drawing
+    if _drawing not in (None, os.getpid()): raise RuntimeError("this process was forked from one that has drawn, and cannot draw: start such workers with multiprocessing's spawn")
+    _drawing = os.getpid()
     if choose_opengl() == "disabled": raise RuntimeError("pictures need OpenGL without a screen, and neither EGL nor OSMesa works here: install one (Debian: libegl1 with a GPU's driver, or libosmesa6) and unset MUJOCO_GL; low-dimensional tasks need neither")
 
 # %% ../nbs/00_libraries.ipynb #8a2b2f36

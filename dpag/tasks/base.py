@@ -7,6 +7,7 @@ __all__ = ['TASKS', 'Task', 'get_task', 'demonstrations_path', 'collect', 'fetch
 
 # %% ../../nbs/07_tasks.ipynb #0630b688
 import importlib
+import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -60,12 +61,12 @@ def demonstrations_path(root: Path, task: str, settings: Settings) -> Path:
     return root / "data" / settings.run[0] / f"{task}.zarr"
 
 # %% ../../nbs/07_tasks.ipynb #25fa291f
-def collect(attempt: Callable[[int], tuple[dict, bool]], *, n_demos: int, first_seed: int, workers: int | None = None, least: float = 0.5, name: str = "scripted demonstrations") -> tuple[list[dict], dict]:
+def collect(attempt: Callable[[int], tuple[dict, bool]], *, n_demos: int, first_seed: int, workers: int | None = None, least: float = 0.5, name: str = "scripted demonstrations", start: str | None = None) -> tuple[list[dict], dict]:
     """The arrays of the first `n_demos` successes among `attempt(first_seed)`, `attempt(first_seed + 1)`, …, each of which gives `(arrays, success)`; and provenance.
 
-    `attempt` must be importable, worker processes call it. Raises RuntimeError when fewer than `least` of the attempts succeed."""
+    `attempt` must be importable, worker processes call it; `start` is multiprocessing's way to start them (`spawn` for those that draw). Raises RuntimeError when fewer than `least` of the attempts succeed."""
     kept, tried = [], 0
-    with ProcessPoolExecutor(workers) as pool, tqdm(total=n_demos, desc=name, mininterval=2, unit="episode") as bar:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context(start)) as pool, tqdm(total=n_demos, desc=name, mininterval=2, unit="episode") as bar:
         while len(kept) < n_demos:
             seeds = range(first_seed + tried, first_seed + tried + n_demos - len(kept))
             for arrays, success in pool.map(attempt, seeds, chunksize=1 if len(seeds) < 64 else 4):
