@@ -51,6 +51,7 @@ CASES = [
     ({"ablation.methods": ["ab_nothing"]}, ["ablation.methods", "ab_nothing"]),
     ({"tasks.pusht_img.methods": {"bert": {}}}, ["tasks.pusht_img.methods", "bert"]),
     ({"pusht.ball.speed": [200, 100]}, ["speed", "[lowest, highest]"]),
+    ({"kitchen.expert.gain": [2, 1]}, ["kitchen.expert.gain", "[lowest, highest]"]),
     ({"run": ["laptop-human"]}, ["run", "laptop-scripted"]),
 ]
 

@@ -103,12 +103,19 @@ def test_waves_in_processes_give_the_same_rows(settings):
     pd.testing.assert_frame_equal(one, two)
 
 
-@pytest.mark.parametrize("gl", ["disabled", None])
-def test_without_opengl_the_low_dimensional_tasks_run(gl):
-    "Told so, or found out: then a probe that fails stands for a machine that has none."
-    code = """
+def in_python(code, gl):
+    "Run in a process of its own, without a screen; `gl` None leaves MUJOCO_GL unset."
+    env = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "DISPLAY")} | ({} if gl is None else {"MUJOCO_GL": gl})
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("gl, first", [("disabled", ""), ("", "l.DRAW_ONE = 'raise OSError'"), ("glfw", ""), (None, "import mujoco")])
+def test_without_opengl_the_low_dimensional_tasks_run(gl, first):
+    "Told so; found out (a probe that fails stands for a machine that has none); told of a kind that does not draw here; asked after MuJoCo chose by itself."
+    in_python(f"""
 import dpag.libraries as l
-l.DRAW_ONE = "raise SystemExit(1)"
+{first}
 from dpag.config import load
 from dpag.tasks.base import get_task
 import numpy as np
@@ -119,7 +126,21 @@ for name in ("square_ph", "kitchen"):
 from dpag.tasks.robomimic.env import Robomimic
 try: Robomimic("lift", "image"); raise SystemExit("pictures without OpenGL")
 except RuntimeError as e: assert "libosmesa6" in str(e)
-"""
-    env = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"} | ({"MUJOCO_GL": gl} if gl else {})
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+""", gl)
+
+
+@pytest.mark.parametrize("drawn", ["", "raise OSError"])
+def test_a_forked_process_does_not_draw_after_its_parent(drawn):
+    "It would wait for ever; where the parent could not draw, the child knows that it cannot either."
+    in_python(f"""
+import os
+import dpag.libraries as l
+l.DRAW_ONE = {drawn!r}
+assert l.can_draw() == {not drawn}
+child = os.fork()
+if child: raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+try: said = str(l.can_draw())
+except RuntimeError as e: said = str(e)
+os._exit(not ({'forked' if not drawn else 'False'!r} in said))
+""", "egl")
+

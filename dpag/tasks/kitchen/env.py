@@ -9,12 +9,11 @@ __all__ = ['SUBTASKS', 'N_WANTED', 'START_SPREAD', 'LIMIT', 'Kitchen']
 import contextlib
 import io
 
-import cv2
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from ...libraries import check_opengl, choose_opengl
+from ...libraries import blank_frame, can_draw, choose_opengl, draw, make_renderer
 
 choose_opengl()
 import mujoco
@@ -75,16 +74,13 @@ class Kitchen(gym.Env):
 
     def render(self) -> np.ndarray:
         "A frame for readers, without shadows, which would take five times as long; a grey one where nothing can be drawn."
-        if choose_opengl() == "disabled":
-            grey = np.full((self.size, self.size, 3), 200, np.uint8)
-            return cv2.putText(grey, "no OpenGL", (self.size // 8, self.size // 2), cv2.FONT_HERSHEY_SIMPLEX, self.size / 200, (60, 60, 60), 1, cv2.LINE_AA)
+        if not can_draw(): return blank_frame(self.size)
         if self._renderer is None:
-            check_opengl()
-            self._renderer, self._camera = mujoco.Renderer(self.model, self.size, self.size), mujoco.MjvCamera()
+            self._renderer, self._camera = make_renderer(self.model, self.size), mujoco.MjvCamera()
             self._camera.distance, self._camera.azimuth, self._camera.elevation, self._camera.lookat[:] = 2.2, 70, -35, (-0.2, 0.5, 2.0)
             for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION): self._renderer.scene.flags[flag] = 0
         self._renderer.update_scene(self.data, self._camera)
-        return self._renderer.render()
+        return draw(self._renderer)
 
     def close(self):
         if self._renderer: self._renderer.close()

@@ -17,7 +17,7 @@ import numpy as np
 from ...config import Kitchen as KitchenSettings, KitchenExpert, Settings
 from ...data import Demonstrations
 from ...policy import Shapes
-from ..base import Task, collect, fetch
+from ..base import Task, collect_successes, fetch
 from .env import N_WANTED, Kitchen
 from .expert import run_chain
 
@@ -59,7 +59,7 @@ def attempt(expert: KitchenExpert, max_steps: int, seed: int) -> tuple[dict, boo
 
 def scripted_demonstrations(settings: KitchenSettings, workers: int | None = None) -> Demonstrations:
     "`settings.n_demos` successful chains."
-    kept, meta = collect(partial(attempt, settings.expert, settings.max_steps), n_demos=settings.n_demos, first_seed=settings.demo_seed, workers=workers, name="kitchen chains")
+    kept, meta = collect_successes(partial(attempt, settings.expert, settings.max_steps), n_demos=settings.n_demos, first_seed=settings.demo_seed, workers=workers, name="kitchen chains")
     return Demonstrations({k: np.concatenate([e[k] for e in kept]) for k in kept[0]}, np.cumsum([len(e["action"]) for e in kept]), {**meta, "expert": settings.expert.model_dump()})
 
 # %% ../../../nbs/tasks/kitchen/tasks.ipynb #a06a02c3

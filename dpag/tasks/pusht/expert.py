@@ -15,7 +15,7 @@ import numpy as np
 from shapely.geometry import Polygon
 
 from ...config import Expert, derive_seed
-from ..base import collect
+from ..base import collect_successes
 
 # %% ../../../nbs/tasks/pusht/expert.ipynb #80ee550f
 OUTLINE = np.array([(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120), (-15, 30), (-60, 30)], float)   # px, counter-clockwise in this frame
@@ -229,6 +229,6 @@ def _attempt(make_env, expert, max_steps, seed):
 
 def scripted_demonstrations(make_env, *, n_demos: int, first_seed: int, expert: Expert, max_steps: int, workers: int | None = None):
     "States, actions, episode ends and provenance of the first `n_demos` successes from `first_seed` on."
-    kept, meta = collect(partial(_attempt, make_env, expert, max_steps), n_demos=n_demos, first_seed=first_seed, workers=workers)
+    kept, meta = collect_successes(partial(_attempt, make_env, expert, max_steps), n_demos=n_demos, first_seed=first_seed, workers=workers)
     states, actions = ([k[key] for k in kept] for key in ("states", "actions"))
     return np.concatenate(states), np.concatenate(actions), np.cumsum([len(s) for s in states]), {**meta, "expert": expert.model_dump()}

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from ...config import Operator, derive_seed
-from .env import STEP, TURN, Robomimic
+from .env import STEP, TURN, Robomimic, pose_delta
 
 # %% ../../../nbs/tasks/robomimic/expert.ipynb #0cebeaaf
 UP = np.array([0.0, 0.0, 1.0])
@@ -60,9 +60,7 @@ class Hand:
         "robomimic's action `(7,)` that asks for the reference from where the hand is."
         keep = 0.9
         self.wobble = keep * self.wobble + np.sqrt(1 - keep**2) * self.operator.noise * STEP * self.rng.normal(size=3)
-        pos, R = self.here
-        turn = Rotation.from_matrix(self.R @ R.T).as_rotvec()
-        return np.append(np.clip(np.concatenate([(self.pos + self.wobble - pos) / STEP, turn / TURN]), -1, 1), self.grip)
+        return np.append(pose_delta(self.pos + self.wobble, self.R, *self.here), self.grip)
 
     def toward(self, pos, R, speed: float) -> bool:
         "Move the reference one step; whether it has arrived. `R` None keeps the rotation."
@@ -439,6 +437,7 @@ def tilt_over(hook, far, flat) -> list:
         return end + (np.interp(deg, [0, 35, 75], [-.0045, -.0045, -.0125]) - slide) * far + rise * UP, Rotation.from_rotvec(axis * np.radians(deg)).as_matrix() @ flat
     return [place(0)] * 8 + [place(d) for d in np.arange(1.5, 64, 1.5)] + [place(63)] * 8 + [place(63, s) for s in np.arange(.001, .0225, .001)]
 
+# %% ../../../nbs/tasks/robomimic/expert.ipynb #b0f18786
 def tool_hang(env, hands, rng):
     "The frame into the stand, the tool onto the frame."
     def script():

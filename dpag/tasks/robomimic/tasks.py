@@ -15,7 +15,7 @@ import numpy as np
 from ...config import Operator, Robomimic as RobomimicSettings, Settings
 from ...data import Demonstrations
 from ...policy import Shapes
-from ..base import Task, collect, fetch
+from ..base import Task, collect_successes, fetch
 from .env import SCENES, Robomimic
 from .expert import SCRIPTS, run_script
 from .files import read_hdf5
@@ -45,7 +45,7 @@ def scripted_demonstrations(scene: str, settings: RobomimicSettings, workers: in
     episodes, operators, made = [], {}, {}
     for k, name in enumerate(settings.crew):
         share = settings.n_demos * (k + 1) // len(settings.crew) - settings.n_demos * k // len(settings.crew)
-        kept, made[name] = collect(partial(attempt, scene, settings.observation, settings.operators[name], settings.patience), n_demos=share, first_seed=settings.demo_seed + 10000 * k, workers=workers, least=0.1, name=f"{scene}, {name} operator",
+        kept, made[name] = collect_successes(partial(attempt, scene, settings.observation, settings.operators[name], settings.patience), n_demos=share, first_seed=settings.demo_seed + 10000 * k, workers=workers, least=0.1, name=f"{scene}, {name} operator",
                                      start="spawn" if settings.observation == "image" else None)
         operators[name] = list(range(len(episodes), len(episodes) + share))
         episodes += kept
