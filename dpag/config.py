@@ -300,6 +300,7 @@ class Robomimic(Strict):
         if unknown: raise ValueError(f"crew has {sorted(unknown)}; allowed are {sorted(self.operators)}")
         return self
 
+# %% ../nbs/00_config.ipynb #5a54aea4
 class KitchenExpert(Strict):
     "The kitchen's scripted arm; each range is drawn from for each episode."
     speed: Range                                                 # m a step (80 ms) of the hand's reference

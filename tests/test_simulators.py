@@ -129,6 +129,28 @@ except RuntimeError as e: assert "libosmesa6" in str(e)
 """, gl)
 
 
+def test_a_dead_renderer_does_not_take_the_context_away():
+    "It is dropped, and garbage becomes due, just after another renderer's context was made current."
+    in_python("""
+import gc
+import dpag.libraries as l
+if not l.can_draw(): raise SystemExit(0)
+import mujoco
+model = mujoco.MjModel.from_xml_string("<mujoco/>")
+class Dead: pass
+dead = Dead(); dead.itself, dead.renderer = dead, l.make_renderer(model, 32)
+dead.renderer.update_scene(mujoco.MjData(model)); l.draw(dead.renderer)
+current = mujoco.gl_context.GLContext.make_current
+def make_current(self):
+    global dead
+    current(self)
+    dead = None
+    gc.set_threshold(1, 1, 1); due = [[] for _ in range(100)]
+mujoco.gl_context.GLContext.make_current = make_current
+l.make_renderer(model, 32)
+""", None)
+
+
 @pytest.mark.parametrize("drawn", ["", "raise OSError"])
 def test_a_forked_process_does_not_draw_after_its_parent(drawn):
     "It would wait for ever; where the parent could not draw, the child knows that it cannot either."
