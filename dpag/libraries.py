@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DRAW_ONE', 'mend_torchvision', 'robomimic_factories', 'choose_opengl', 'can_draw', 'check_opengl', 'blank_frame',
-           'no_collection', 'make_renderer', 'draw', 'load_robosuite']
+           'no_collection', 'make_renderer', 'draw', 'load_mujoco', 'load_robosuite']
 
 # %% ../nbs/00_libraries.ipynb #0e2d17a6
+import atexit
 import contextlib
 import gc
 import io
@@ -15,13 +16,14 @@ import os
 import subprocess
 import sys
 import types
+import weakref
 
 import numpy as np
-import torch
 
 # %% ../nbs/00_libraries.ipynb #409d3383
 def mend_torchvision():
     "Make `import torchvision` pass where its compiled operators do not fit the installed torch."
+    import torch                                               # takes seconds, and not everybody who draws needs it
     try: import torchvision
     except RuntimeError as e:
         if "torchvision::nms does not exist" not in str(e): raise
@@ -92,15 +94,27 @@ def no_collection():
     finally:
         if was: gc.enable()
 
+_renderers = weakref.WeakSet()                                 # those that are open
+
 def make_renderer(model, size: int):
     "A `mujoco.Renderer` for pictures `(size, size, 3)`. Raises RuntimeError as `check_opengl` does."
     check_opengl()
     import mujoco
-    with no_collection(): return mujoco.Renderer(model, size, size)
+    with no_collection(): renderer = mujoco.Renderer(model, size, size)
+    if not _renderers: atexit.register(lambda: [r.close() for r in list(_renderers)])        # before MuJoCo lets go of OpenGL, or each complains
+    _renderers.add(renderer)
+    return renderer
 
 def draw(renderer) -> np.ndarray:
     "The renderer's picture."
     with no_collection(): return renderer.render()
+
+# %% ../nbs/00_libraries.ipynb #20e76bcf
+def load_mujoco():
+    "The module mujoco, imported after the OpenGL that this machine has was chosen."
+    choose_opengl()
+    import mujoco
+    return mujoco
 
 # %% ../nbs/00_libraries.ipynb #8a2b2f36
 def load_robosuite():

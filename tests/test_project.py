@@ -16,7 +16,7 @@ from dpag.rollout import rollout
 from dpag.stats import bootstrap_mean, clopper_pearson, matrix
 from dpag.tasks.base import get_task
 
-FLOORS = ["libraries", "config", "data", "encoder", "noise_net", "diffusion", "guidance", "policy", *[f"baselines.{b}" for b in ("toy", "lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow")], "tasks.base", "tasks.pusht.expert", "tasks.pusht.env", "tasks.pusht.dynamic", "tasks.robomimic.env", "tasks.robomimic.expert", "tasks.robomimic.files", "tasks.robomimic.tasks", "tasks.kitchen.env", "tasks.kitchen.expert", "tasks.kitchen.tasks", "tasks.spirals", "train", "rollout", "stats", "ablation", "report", "pipeline"]
+FLOORS = ["libraries", "config", "data", "encoder", "noise_net", "diffusion", "guidance", "policy", *[f"robot.{r}" for r in ("kinematics", "safety", "arm", "twin", "emulator", "ur", "recorder")], *[f"baselines.{b}" for b in ("toy", "lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow")], "tasks.base", "tasks.pusht.expert", "tasks.pusht.env", "tasks.pusht.dynamic", "tasks.robomimic.env", "tasks.robomimic.expert", "tasks.robomimic.files", "tasks.robomimic.tasks", "tasks.kitchen.env", "tasks.kitchen.expert", "tasks.kitchen.tasks", *[f"tasks.ur5.{u}" for u in ("env", "painting", "candy", "peg")], "tasks.spirals", "train", "rollout", "stats", "ablation", "report", "pipeline"]
 
 
 def test_no_module_imports_from_a_higher_floor():
@@ -36,6 +36,11 @@ def test_no_module_imports_from_a_higher_floor():
     assert checked > 30
 
 
+def test_mujoco_is_imported_in_one_place():
+    importers = [p.name for p in (root() / "dpag").rglob("*.py") if re.search(r"^\s*(import mujoco|from mujoco)", p.read_text(), re.M)]
+    assert importers == ["libraries.py"], "MuJoCo chooses its OpenGL when it is imported: take it from load_mujoco"
+
+
 def test_tables_follow_from_the_committed_rows():
     assert check_tables(root() / "results") == []
 
@@ -43,7 +48,7 @@ def test_tables_follow_from_the_committed_rows():
 def test_a_changed_row_is_noticed(tmp_path):
     import shutil
     shutil.copytree(root() / "results", tmp_path / "results", ignore=shutil.ignore_patterns("train", "notebooks"))
-    path = sorted((tmp_path / "results/eval").glob("*/*/*/*/episodes.csv"))[0]
+    path = sorted((tmp_path / "results/eval").glob("*/pusht_kp/*/*/episodes.csv"))[0]
     rows = pd.read_csv(path); rows.loc[0, "score"] = 1 - rows.loc[0, "score"]; rows.to_csv(path, index=False)
     assert any("pusht.csv" in w for w in check_tables(tmp_path / "results"))
 
