@@ -6,8 +6,8 @@
 __all__ = ['Range', 'AnyMethod', 'LOOSEST', 'root', 'atomic', 'write_text', 'Strict', 'Camera', 'Encoder', 'MLPNet', 'UNet',
            'Diffusion', 'Policy', 'Guidance', 'Method', 'DP', 'DPAG', 'LSTMGMM', 'IBC', 'BET', 'FlowPolicy', 'AdaFlow',
            'EMA', 'Train', 'Evaluate', 'Expert', 'Ball', 'PushT', 'Operator', 'Robomimic', 'KitchenExpert', 'Kitchen',
-           'Spirals', 'Limits', 'Robot', 'Column', 'Cell', 'Ablation', 'Overrides', 'derived', 'merge', 'acting_as',
-           'Settings', 'SettingsError', 'validate', 'load', 'fingerprint', 'derive_seed', 'generator',
+           'UR5', 'Spirals', 'Limits', 'Robot', 'Column', 'Cell', 'Ablation', 'Overrides', 'derived', 'merge',
+           'acting_as', 'Settings', 'SettingsError', 'validate', 'load', 'fingerprint', 'derive_seed', 'generator',
            'seed_everything', 'compose', 'inherit', 'differences', 'select']
 
 # %% ../nbs/00_config.ipynb #d35e51b7
@@ -117,6 +117,7 @@ class Policy(Strict):
     n_obs_steps: PositiveInt
     n_action_steps: PositiveInt
     action_frame: Literal["absolute", "relative"]                # relative: to the agent's last observed position
+    draws: PositiveInt                                           # noises and steps that DP and DP-AG draw for each window of a batch: cheap where seeing is what costs
     encoder: Encoder
     net: Annotated[MLPNet | UNet, Field(discriminator="kind")]
     diffusion: Diffusion
@@ -313,6 +314,17 @@ class Kitchen(Strict):
     demo_seed: NonNegativeInt
     expert: KitchenExpert
 
+class UR5(Strict):
+    "The UR5's tasks: what its cameras see, the limit, and where the demonstrations come from."
+    size: PositiveInt                                            # px, of the cameras' pictures
+    clearance: PositiveFloat                                     # m between the peg and the hole's side; 0.001 is hard
+    max_steps: PositiveInt
+    n_demos: PositiveInt
+    demo_seed: NonNegativeInt
+    speed: Range                                                 # m/s of the demonstrator's hand: drawn between these for each episode
+    error: NonNegativeFloat                                      # m, of the demonstrator: how the brush wobbles, how far off the bar is put down, the hole guessed
+    shake: NonNegativeFloat                                      # m, of the arm under the demonstrator: executed, not recorded, so that what is recorded is the way back
+
 class Spirals(Strict):
     "The irregular-spirals experiment."
     n_spirals: PositiveInt
@@ -359,6 +371,8 @@ class Limits(Strict):
 class Robot(Strict):
     "The UR5, its twin, and what both are allowed."
     address: str                                                 # sim, or the controller's address
+    cameras: dict[Literal["scene", "wrist"], str]                # of a real arm: opencv:0, opencv:http://…, realsense:<serial number>
+    origin: Annotated[list[float], Field(min_length=6, max_length=6)]        # m and rad: where a real arm's base has the frame in which the tasks' places are, (x, y, z, rotation vector)
     action_seconds: PositiveFloat                                # s from one action to the next
     tick_seconds: PositiveFloat                                  # s from one command to the controller to the next
     lookahead: Annotated[float, Field(ge=0.03, le=0.2)]          # s: the controller's smoothing, its own range
@@ -379,6 +393,8 @@ class Cell(Strict):
     method: str
     seed: NonNegativeInt
     world: str                                                   # where the task lives: the settings' section and the folder in dpag/tasks
+    floor: str                                                   # the code that this world stands on
+    section: str                                                 # and that code's settings
     module: str                                                  # what the method is written in, beside the policies' common part
 
 class Ablation(Strict):
@@ -390,17 +406,18 @@ class Ablation(Strict):
 
 class Overrides(Strict):
     "Which world a task lives in, and what it sets differently; each is merged over the section of that name. `methods` has more of it for single methods: `{method: {policy, train}}`."
-    world: Literal["pusht", "robomimic", "kitchen"]
+    world: Literal["pusht", "robomimic", "kitchen", "ur5"]
     policy: dict = {}
     train: dict = {}
     evaluate: dict = {}
     pusht: dict = {}
     robomimic: dict = {}
     kitchen: dict = {}
+    ur5: dict = {}
     methods: dict[str, dict[Literal["policy", "train"], dict]] = {}
 
 def derived(tree: dict) -> dict:
-    "What DVC wants one by one, from a tree's `pipeline` and `ablation`: `cells` `{name: Cell}`, `datasets` `{name: {run, task, world}}`, and the runs that have an ablation."
+    "What DVC wants one by one, from a tree's `pipeline` and `ablation`: `cells` `{name: Cell}`, `datasets` `{name: {run, task, world, floor, section}}`, those of an arm whose policy drives in the lab's manual, `driven`, and the runs that have an ablation."
     run, demos, ablation = tree["run"][0], tree["demos"], tree["ablation"]
     wanted = [(t, m, s) for t, c in tree["pipeline"].items() if demos in c["demos"] for m, seeds in c["methods"].items() for s in seeds]
     ablated = demos in ablation["demos"] and len(ablation["methods"]) > 0
@@ -408,8 +425,9 @@ def derived(tree: dict) -> dict:
     kinds = {m: tree["methods"].get(m, {}).get("kind", "") for _, m, _ in wanted}
     modules = {m: "dpag/guidance.py" if kind in ("dp", "dp_ag", "") else f"dpag/baselines/{kind}.py" for m, kind in kinds.items()}
     worlds = {t: tree["tasks"].get(t, {}).get("world", "") for t, _, _ in wanted}
-    cells = {f"{run}-{t}-{m}-s{s}": {"run": run, "task": t, "method": m, "seed": s, "world": worlds[t], "module": modules[m]} for t, m, s in sorted(wanted, key=lambda w: w[2])}
-    return {"cells": cells, "datasets": {f"{run}-{t}": {"run": run, "task": t, "world": worlds[t]} for t in dict.fromkeys(c["task"] for c in cells.values())}, "ablated": [run] if ablated else []}
+    place = {t: {"world": w, "floor": "dpag/robot" if w == "ur5" else "dpag/libraries.py", "section": "robot" if w == "ur5" else w} for t, w in worlds.items()}
+    cells = {f"{run}-{t}-{m}-s{s}": {"run": run, "task": t, "method": m, "seed": s, **place[t], "module": modules[m]} for t, m, s in sorted(wanted, key=lambda w: w[2])}
+    return {"cells": cells, "datasets": {f"{run}-{t}": {"run": run, "task": t, **place[t]} for t in dict.fromkeys(c["task"] for c in cells.values())}, "driven": {n: dict(c) for n, c in cells.items() if c["world"] == "ur5" and c["method"] == "dp_ag" and c["seed"] == 0}, "ablated": [run] if ablated else []}
 
 # %% ../nbs/00_config.ipynb #217f5990
 def merge(base: dict, over: dict) -> dict:
@@ -435,10 +453,12 @@ class Settings(Strict):
     ablation: Ablation
     cells: dict[str, Cell]                                       # derived from pipeline and ablation, for DVC
     datasets: dict[str, dict[str, str]]                          # likewise
+    driven: dict[str, Cell]                                      # likewise
     ablated: list[str]                                           # likewise: this run, if it has an ablation
     pusht: PushT
     robomimic: Robomimic
     kitchen: Kitchen
+    ur5: UR5
     policy: Policy
     methods: dict[str, AnyMethod]
     train: Train

@@ -9,6 +9,7 @@ __all__ = ['DRAW_ONE', 'mend_torchvision', 'robomimic_factories', 'choose_opengl
 # %% ../nbs/00_libraries.ipynb #0e2d17a6
 import atexit
 import contextlib
+import functools
 import gc
 import io
 import logging
@@ -96,12 +97,15 @@ def no_collection():
 
 _renderers = weakref.WeakSet()                                 # those that are open
 
+@functools.cache
+def _close_at_exit(): atexit.register(lambda: [r.close() for r in list(_renderers)])        # registered after MuJoCo's own farewell, so called before it
+
 def make_renderer(model, size: int):
     "A `mujoco.Renderer` for pictures `(size, size, 3)`. Raises RuntimeError as `check_opengl` does."
     check_opengl()
     import mujoco
     with no_collection(): renderer = mujoco.Renderer(model, size, size)
-    if not _renderers: atexit.register(lambda: [r.close() for r in list(_renderers)])        # before MuJoCo lets go of OpenGL, or each complains
+    _close_at_exit()
     _renderers.add(renderer)
     return renderer
 

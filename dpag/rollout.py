@@ -46,7 +46,8 @@ class _Episode:
         return ended or truncated
 
     def row(self) -> dict:
-        return {"seed": self.seed, "score": self.score, "success": int(self.success), "steps": len(self.actions),
+        own = self.env.measures() if hasattr(self.env, "measures") else {}
+        return {"seed": self.seed, "score": self.score, "success": int(self.success), "steps": len(self.actions), **own,
                 "jerk_agent": mean_squared_jerk(np.array(self.agent)), "jerk_action": mean_squared_jerk(np.array(self.actions))}
 
 # %% ../nbs/09_rollout.ipynb #4a61b290
@@ -59,7 +60,7 @@ def stack_observations(recent: list, device="cpu") -> dict:
 
 # %% ../nbs/09_rollout.ipynb #42c8edc8
 def rollout(policy, make_env, seeds, *, max_steps: int, n_obs_steps: int, act_seed: int = 0, latency_repeats: int = 0, n_films: int = 0, at_once: int = 1000, workers: int = 1, device="cpu") -> tuple[pd.DataFrame, list]:
-    """Run one episode per seed; a frame of rows (seed, score, success, steps, jerk_agent, jerk_action, act_ms_p50, act_ms_p99, flow_steps) and every second frame of the first `n_films`.
+    """Run one episode per seed; a frame of rows (seed, score, success, steps, jerk_agent, jerk_action, act_ms_p50, act_ms_p99, flow_steps, and what an environment's `measures()` adds) and every second frame of the first `n_films`.
 
     `act_seed` seeds the policy's noise. `flow_steps` is what the policy's `mean_steps()` says at the end, for one whose number of steps is its own choice. Latency is that of one observation at a time, measured `latency_repeats` times on each episode's first.
     Episodes run `at_once` at a time, waves of them in `workers` processes. How many processes changes no row; how many at once does, where a policy draws noise.

@@ -16,7 +16,7 @@ from dpag.rollout import rollout
 from dpag.stats import bootstrap_mean, clopper_pearson, matrix
 from dpag.tasks.base import get_task
 
-FLOORS = ["libraries", "config", "data", "encoder", "noise_net", "diffusion", "guidance", "policy", *[f"robot.{r}" for r in ("kinematics", "safety", "arm", "twin", "emulator", "ur", "recorder")], *[f"baselines.{b}" for b in ("toy", "lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow")], "tasks.base", "tasks.pusht.expert", "tasks.pusht.env", "tasks.pusht.dynamic", "tasks.robomimic.env", "tasks.robomimic.expert", "tasks.robomimic.files", "tasks.robomimic.tasks", "tasks.kitchen.env", "tasks.kitchen.expert", "tasks.kitchen.tasks", *[f"tasks.ur5.{u}" for u in ("env", "painting", "candy", "peg")], "tasks.spirals", "train", "rollout", "stats", "ablation", "report", "pipeline"]
+FLOORS = ["libraries", "config", "data", "encoder", "noise_net", "diffusion", "guidance", "policy", *[f"robot.{r}" for r in ("kinematics", "safety", "arm", "twin", "emulator", "cameras", "ur", "recorder", "drive", "teleop")], *[f"baselines.{b}" for b in ("toy", "lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow")], "tasks.base", "tasks.pusht.expert", "tasks.pusht.env", "tasks.pusht.dynamic", "tasks.robomimic.env", "tasks.robomimic.expert", "tasks.robomimic.files", "tasks.robomimic.tasks", "tasks.kitchen.env", "tasks.kitchen.expert", "tasks.kitchen.tasks", *[f"tasks.ur5.{u}" for u in ("env", "painting", "candy", "peg", "tasks")], "tasks.spirals", "train", "rollout", "stats", "ablation", "report", "pipeline"]
 
 
 def test_no_module_imports_from_a_higher_floor():

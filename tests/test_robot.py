@@ -1,4 +1,6 @@
 """The arm's driver against an emulated controller: what stops it, and that it stays stopped."""
+import functools
+import json
 import os
 import signal
 import subprocess
@@ -38,6 +40,17 @@ def why_it_stops(arm, within=2.0):
     return str(e.value)
 
 
+def undisturbed(test):
+    "A shared machine pauses an emulator for more than a tenth of a second now and then, and stopping is then right; a test may need another attempt to see what it is about."
+    @functools.wraps(test)
+    def attempts(*args, **kw):
+        for left in (4, 3, 2, 1, 0):
+            try: return test(*args, **kw)
+            except Stopped as e:
+                if not any(late in str(e) for late in ("no new state", "program has ended", "turns at")) or not left: raise
+    return attempts
+
+
 @pytest.fixture(scope="module")
 def emulator():
     with EmulatorProcess("127.0.0.21") as e: yield e
@@ -45,6 +58,7 @@ def emulator():
 
 @pytest.mark.parametrize("fault, said", [("protective", "protective stop"), ("emergency", "emergency stop"), ("drop", "connection"), ("drop control", "connection"), ("drop receive", "connection"),
                                          ("silence", "no new state"), ("push 0 0 90", "force")])
+@undisturbed
 def test_a_fault_stops_the_arm_and_it_stays_stopped(emulator, fault, said):
     emulator.order("recover")
     with UR(settings(emulator.address), BOX) as arm:
@@ -60,6 +74,7 @@ def test_a_fault_stops_the_arm_and_it_stays_stopped(emulator, fault, said):
     np.testing.assert_allclose(after["tcp"][:3], before["tcp"][:3], atol=2e-3 if "push" in fault else 2e-4)        # nobody moved it again
 
 
+@undisturbed
 def test_half_a_minute_at_the_controllers_pace(emulator):
     emulator.order("recover")
     arm = UR(settings(emulator.address), BOX)
@@ -84,16 +99,19 @@ class Camera:
     def close(self): pass
 
 
+@undisturbed
 def test_a_camera_that_hangs_stops_the_arm(emulator):
     emulator.order("recover")
     with UR(settings(emulator.address), BOX, {"wrist": Camera()}) as arm:
         set_off(arm)
         arm.cameras["wrist"].hung = time.monotonic()
         assert "camera wrist" in why_it_stops(arm)
+    assert not arm.dating.is_alive()                           # nobody reads a closed camera
     assert not emulator.report()["running"]
 
 
 @pytest.mark.parametrize("action, said", [(circle(0) * np.nan, "finite"), (circle(0)[:5], "shape"), (circle(0) + [0, 0, .05, 0, 0, 0], "50 mm")])
+@undisturbed
 def test_a_wrong_action_stops_the_arm_before_it_is_sent(emulator, action, said):
     emulator.order("recover")
     with UR(settings(emulator.address), BOX) as arm:
@@ -106,15 +124,19 @@ def test_a_wrong_action_stops_the_arm_before_it_is_sent(emulator, action, said):
     np.testing.assert_allclose(emulator.report()["tcp"][:3], before[:3], atol=1e-3)
 
 
-def test_an_unreachable_pose_ends_the_program(emulator):
+@undisturbed
+def test_out_of_reach_the_arm_stops_where_it_was_stretched(emulator):
     emulator.order("recover")
     with UR(settings(emulator.address), Box((-2, -2, -2), (2, 2, 2))) as arm:
         due = arm.now() + .1 * np.arange(1, 60)
         arm.servo(START + np.outer(np.arange(1, 60) * .02, [1, 0, 0, 0, 0, 0]), due)
-        assert why_it_stops(arm, within=8)
-    assert not emulator.report()["running"]
+        why = why_it_stops(arm, within=8)
+        assert any(w in why for w in ("joint", "program has ended", "from where it was told")), why
+    report = emulator.report()
+    assert not report["running"] and 0.75 < report["tcp"][0] < 1.1
 
 
+@undisturbed
 def test_killed_without_warning_the_arm_comes_to_rest(emulator):
     emulator.order("recover")
     child = subprocess.Popen([sys.executable, "-c", f"import tests.test_robot as t, time\nif __name__ == '__main__':\n    arm = t.UR(t.settings('{emulator.address}'), t.BOX); arm.connect(); t.set_off(arm); print('moving', flush=True); time.sleep(30)"],
@@ -127,12 +149,17 @@ def test_killed_without_warning_the_arm_comes_to_rest(emulator):
     assert report["rest_after"] < 0.5 and not report["running"]
 
 
+@undisturbed
 def test_the_controller_and_the_table_agree_on_where_the_hand_is(emulator):
     emulator.order("recover")
-    rng, code = np.random.default_rng(0), "import sys, json, rtde_control; c = rtde_control.RTDEControlInterface(sys.argv[1], 125.0); print(json.dumps([c.getForwardKinematics(q, [0, 0, .15, 0, 0, 0]) for q in json.loads(sys.argv[2])]))"
+    start = emulator.report()["tcp"]
+    rng, code = np.random.default_rng(0), "import sys, json, rtde_control; c = rtde_control.RTDEControlInterface(sys.argv[1], 125.0); found = [c.getForwardKinematics(q, [0, 0, .15, 0, 0, 0]) for q in json.loads(sys.argv[2])]; p = c.getForwardKinematics(); p[1] += .02; print(json.dumps([found, c.moveL(p, .1, .5), c.isConnected()]))"
     angles = rng.uniform(-1.5, 1.5, (5, 6))
     out = subprocess.run([sys.executable, "-c", code, emulator.address, str(angles.tolist())], capture_output=True, text=True, timeout=60, check=True).stdout
-    for q, pose in zip(angles, eval(out.splitlines()[-1])): np.testing.assert_allclose(pose, to_vector(forward(q, tool=.15)), atol=1e-9)
+    found, moved, connected = json.loads(out.splitlines()[-1])
+    assert moved and connected
+    np.testing.assert_allclose(np.subtract(emulator.report()["tcp"], start)[:3], [0, .02, 0], atol=1e-3)
+    for q, pose in zip(angles, found): np.testing.assert_allclose(pose, to_vector(forward(q, tool=.15)), atol=1e-9)
 
 
 def test_clear_errors():

@@ -166,3 +166,8 @@ except RuntimeError as e: said = str(e)
 os._exit(not ({'forked' if not drawn else 'False'!r} in said))
 """, "egl")
 
+
+
+def test_a_renderer_that_nobody_closed_leaves_without_a_complaint():
+    code = "import dpag.libraries as l\nif l.can_draw():\n    m = l.load_mujoco().MjModel.from_xml_string('<mujoco/>')\n    kept = l.make_renderer(m, 8); kept.update_scene(l.load_mujoco().MjData(m)); l.draw(kept)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""

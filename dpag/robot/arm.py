@@ -57,7 +57,7 @@ def in_time(actions, observed: float, now: float, period: float) -> tuple[np.nda
 def check_chunk(targets, due):
     "Raise ValueError unless `targets` are `(n, 6)` and `due` `(n,)` increasing times."
     if np.ndim(targets) != 2 or np.shape(targets)[1] != 6: raise ValueError(f"targets have the shape {np.shape(targets)}, (n, 6) is allowed")
-    if len(targets) != len(due) or (np.diff(due) <= 0).any(): raise ValueError(f"{len(targets)} targets are due at {due}: one increasing time for each is needed")
+    if len(targets) != len(due) or not np.isfinite(due).all() or (np.diff(due) <= 0).any(): raise ValueError(f"{len(targets)} targets are due at {due}: one increasing time for each is needed")
 
 class Schedule:
     "Targets by the time at which they are due."

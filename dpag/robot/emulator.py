@@ -12,20 +12,23 @@ __all__ = ['TYPES', 'OF_TYPE', 'STATE', 'MOVE_L', 'SERVO_STOP', 'SERVO_L', 'SET_
 import argparse
 import asyncio
 import contextlib
+import importlib
 import ipaddress
 import json
-import os
 import queue
 import struct
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 
+import cv2
 import numpy as np
 
 from ..config import LOOSEST, Limits
-from .kinematics import difference, forward, to_vector
+from ..libraries import blank_frame, can_draw
+from .kinematics import difference, forward, to_matrix, to_vector
 from .safety import Command, approach
 from .twin import Physics, Scene
 
@@ -59,6 +62,7 @@ def unpack(names: list[str], body: bytes) -> dict:
 # %% ../../nbs/hardware/emulator.ipynb #8353e819
 MOVE_L, SERVO_STOP, SERVO_L, SET_TCP, GET_TCP_OFFSET, FORWARD_KINEMATICS, FORWARD_KINEMATICS_OF, STOP_L, SET_WATCHDOG, WATCHDOG, STOP_SCRIPT = 3, 16, 24, 29, 40, 43, 44, 33, 35, 99, 255
 NORMAL, PROTECTIVE, EMERGENCY = 1, 1 << 2 | 1 << 10, 1 << 7 | 1 << 10
+ORDERS = "drop [control|receive], silence, stall, protective, emergency, push X Y Z (newtons), mark (time the next rest from now), blind (cameras), recover, lay SEED, report, quit"
 
 # %% ../../nbs/hardware/emulator.ipynb #9be99faa
 class Controller:
@@ -67,6 +71,13 @@ class Controller:
         self.physics, self.registers, self.safety, self.running, self.busy = Physics(scene or Scene()), {}, NORMAL, False, 0
         self.offset = np.array([0, 0, self.physics.scene.tool_length, 0, 0, 0])
         self.command, self.limits, self.watchdog, self.heard, self.stalled, self.why = Command.rest(self.physics.tcp, 0.0), None, None, 0.0, False, ""
+
+    def lay(self, seed: int):
+        "Lay the scene out anew, the arm where it began."
+        now = self.physics.now
+        self.physics.reset(np.random.default_rng(seed))
+        self.physics.data.time = now                           # a controller's clock does not go back
+        self.command = Command.rest(self.physics.tcp, 0.0)
 
     def start(self): self.running, self.busy, self.watchdog, self.command = self.safety == NORMAL, 0, None, Command.rest(self.physics.tcp, 0.0)
 
@@ -80,10 +91,7 @@ class Controller:
     def recover(self):
         "As if a human had looked after everything: no fault, the arm where it began."
         self.safety, self.stalled, self.running, self.why = NORMAL, False, False, ""
-        now = self.physics.now
-        self.physics.reset(np.random.default_rng(0))
-        self.physics.data.time = now                           # a controller's clock does not go back
-        self.command = Command.rest(self.physics.tcp, 0.0)
+        self.lay(0)
 
     def hear(self, registers: dict, now: float):
         "What a client wrote."
@@ -104,10 +112,10 @@ class Controller:
 
     def _obey(self):
         number = self.registers.get("input_int_register_0", 0)
-        if number == SERVO_L: self.command, self.limits = Command(self._arguments(6), np.zeros(6), self._arguments(6), 0.0), None
+        if number == SERVO_L: self.command, self.limits = Command.rest(self._tip(self._arguments(6)), 0.0), None
         elif number == 0: self.busy = 0
         elif number != WATCHDOG and not self.busy: self._begin(number)
-        elif self.busy == MOVE_L and np.linalg.norm(self.command.target[:3] - self.command.pose[:3]) < 1e-4: self.busy, self.limits = -1, None
+        elif self.busy == MOVE_L and np.abs(difference(self.command.target, self.command.pose)).max() < 1e-4: self.busy, self.limits = -1, None
 
     def _begin(self, number: int):
         "Commands that are answered; `busy` is -1 once they are."
@@ -115,23 +123,29 @@ class Controller:
         if number == MOVE_L:
             a = self._arguments(8)
             self.busy, self.limits = MOVE_L, Limits(**{**LOOSEST, "speed": a[6], "acceleration": a[7], "looser": True})
-            self.command = Command(self.command.pose, self.command.velocity, a[:6], 0.0)
+            self.command = Command(self.command.pose, self.command.velocity, self._tip(a[:6]), 0.0)
         elif number in (SERVO_STOP, STOP_L): self.command, self.limits = Command.rest(self.physics.tcp, 0.0), None
         elif number == SET_TCP: self.offset = self._arguments(6)
         elif number == GET_TCP_OFFSET: reply = self.offset
-        elif number == FORWARD_KINEMATICS: reply = self.physics.tcp
-        elif number == FORWARD_KINEMATICS_OF: reply = to_vector(forward(self._arguments(6), tool=self._tcp_of_arguments()))
+        elif number == FORWARD_KINEMATICS: reply = self._tcp(self.physics.tcp)
+        elif number == FORWARD_KINEMATICS_OF: reply = to_vector(forward(self._arguments(6)) @ to_matrix(self._arguments(12)[6:]))
         elif number == SET_WATCHDOG: self.watchdog = float(self._arguments(1)[0])
         elif number == STOP_SCRIPT: self.halt("the client stopped it")
         self.registers.update({f"output_double_register_{i}": float(v) for i, v in enumerate(reply)})
 
-    def _tcp_of_arguments(self) -> float: return float(self.registers.get("input_double_register_8", 0.0))
+    def _beyond(self) -> np.ndarray:
+        "From the simulated tip to the point that the client has set as its tool's."
+        tip = np.array([0, 0, self.physics.scene.tool_length, 0, 0, 0])
+        return np.linalg.inv(to_matrix(tip)) @ to_matrix(self.offset)
+
+    def _tcp(self, tip) -> np.ndarray: return to_vector(to_matrix(tip) @ self._beyond())
+    def _tip(self, tcp) -> np.ndarray: return to_vector(to_matrix(tcp) @ np.linalg.inv(self._beyond()))
 
     def state(self) -> dict:
         "Every variable that a client can ask for."
         s, d = self.physics.seen(), self.physics.data
         answer = 0 if not self.running else 2 if self.busy == -1 else 1 if not self.busy else 0
-        return {"timestamp": s.stamp, "actual_q": s.q, "actual_qd": s.qd, "actual_TCP_pose": s.tcp, "actual_TCP_speed": s.speed, "actual_TCP_force": s.force, "target_q": d.ctrl[:6], "target_TCP_pose": self.command.pose,
+        return {"timestamp": s.stamp, "actual_q": s.q, "actual_qd": s.qd, "actual_TCP_pose": self._tcp(s.tcp), "actual_TCP_speed": s.speed, "actual_TCP_force": s.force, "target_q": d.ctrl[:6], "target_TCP_pose": self._tcp(self.command.pose),
                 "robot_mode": 7, "safety_mode": {NORMAL: 1, PROTECTIVE: 3, EMERGENCY: 7}[self.safety], "runtime_state": 2 if self.running else 1, "robot_status_bits": 1 | 2 * self.running, "safety_status_bits": self.safety,
                 "speed_scaling": 1.0, "actual_execution_time": 0.0, **self.registers, "output_int_register_0": answer}
 
@@ -153,13 +167,12 @@ class Session:
         else: recipe = len(self.inputs) + 1; self.inputs[recipe] = names
         return package(letter, bytes([recipe]) + ",".join(type_of(n) for n in names).encode())
 
-ORDERS = "drop [control|receive], silence, stall, protective, emergency, push X Y Z (newtons), mark (time the next rest from now), recover, report, quit"
-
+# %% ../../nbs/hardware/emulator.ipynb #806dc8be
 class Emulator:
     "Serves a Controller on a loopback address until it is told to quit. Raises ValueError for any other address."
     def __init__(self, address: str = "127.0.0.1", scene: Scene | None = None):
         if not ipaddress.ip_address(address).is_loopback: raise ValueError(f"address = {address}: the emulator listens on loopback addresses (127.x.x.x) only")
-        self.address, self.controller, self.sessions, self.silent, self.orders, self.over = address, Controller(scene), [], False, queue.Queue(), False
+        self.address, self.controller, self.sessions, self.silent, self.blind, self.orders, self.over = address, Controller(scene), [], False, False, queue.Queue(), False
         self.disturbed, self.rest = 0.0, 0.0                   # when the last fault was ordered, and when the arm was at rest after it
 
     async def rtde(self, reader, writer):
@@ -184,6 +197,20 @@ class Emulator:
             if not more: return
             text += more
 
+    async def pictures(self, reader, writer):
+        "A network camera: `/scene?size=64`, 15 pictures a second."
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            asked = urllib.parse.urlsplit((await reader.readuntil(b"\r\n\r\n")).split()[1].decode())
+            size = int(dict(urllib.parse.parse_qsl(asked.query)).get("size", 96))
+            writer.write(b"HTTP/1.0 200 OK\r\nContent-Type: multipart/x-mixed-replace; boundary=picture\r\n\r\n")
+            while True:
+                if not self.blind:
+                    picture = self.controller.physics.picture(asked.path[1:], size) if can_draw() else blank_frame(size)
+                    jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
+                    writer.write(b"--picture\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg + b"\r\n")
+                    await writer.drain()
+                await asyncio.sleep(1 / 15)
+
     async def dashboard(self, reader, writer):
         writer.write(b"Connected: Universal Robots Dashboard Server\n")
         answers = {"PolyscopeVersion": "URSoftware 5.11.0.108249 (emulated)", "get serial number": "20200000000", "is in remote control": "true", "robotmode": "Robotmode: RUNNING"}
@@ -194,7 +221,7 @@ class Emulator:
                 writer.write((answers.get(asked, "Stopped" if asked == "stop" else f"could not understand: '{asked}'") + "\n").encode())
 
     async def run(self):
-        for port, serve in ((30004, self.rtde), (30003, self.script), (29999, self.dashboard)): await asyncio.start_server(serve, self.address, port)
+        for port, serve in ((30004, self.rtde), (30003, self.script), (29999, self.dashboard), (8080, self.pictures)): await asyncio.start_server(serve, self.address, port)
         print(f"emulating a UR5e on {self.address}", flush=True)
         due = time.monotonic()
         while not self.over:
@@ -215,7 +242,9 @@ class Emulator:
         c, words = self.controller, what.split()
         if what not in ("quit", "report", "recover"): self.disturbed, self.rest = time.monotonic(), 0.0
         if what == "quit": self.over = True
-        elif what == "recover": self.silent, self.disturbed = False, 0.0; c.recover()
+        elif what == "recover": self.silent, self.blind, self.disturbed = False, False, 0.0; c.recover()
+        elif words[0] == "lay": c.lay(int(words[1]))
+        elif what == "blind": self.blind = True
         elif words[:1] == ["drop"]:                            # drop, drop control, drop receive
             for s in list(self.sessions):
                 if len(words) == 1 or (words[1] == "control") == bool(s.inputs): s.writer.transport.abort()
@@ -225,14 +254,18 @@ class Emulator:
         elif what == "emergency": c.safety = EMERGENCY; c.halt("emergency stop")
         elif words[:1] == ["push"]: c.physics.data.xfrc_applied[c.physics.model.body("flange").id, :3] = [float(w) for w in words[1:4]]
         elif what == "mark": pass
-        elif what == "report": print(json.dumps({"running": c.running, "why": c.why, "speed": float(np.linalg.norm(c.physics.seen().speed[:3])), "tcp": c.physics.tcp.tolist(), "rest_after": self.rest - self.disturbed if self.rest else None}), flush=True)
+        elif what == "report": print(json.dumps({"running": c.running, "why": c.why, "speed": float(np.linalg.norm(c.physics.seen().speed[:3])), "tcp": c.physics.tcp.tolist(), "rest_after": self.rest - self.disturbed if self.rest else None, **c.physics.scene.report()}), flush=True)
         else: print(f"unknown order {what!r}: {ORDERS}", flush=True)
 
+# %% ../../nbs/hardware/emulator.ipynb #abaca30e
 def main():
-    "`python -m dpag.robot.emulator [address]`; orders are read from standard input."
+    "`python -m dpag.robot.emulator [address] [--scene module:callable [arguments]]`; orders are read from standard input."
     parser = argparse.ArgumentParser(description="A UR controller's protocol on a loopback address, with a simulated arm behind it. Orders on standard input: " + ORDERS)
     parser.add_argument("address", nargs="?", default="127.0.0.1")
-    emulator = Emulator(parser.parse_args().address)
+    parser.add_argument("--scene", nargs="+", metavar=("module:callable", "argument"), help="what lies before the arm, such as dpag.tasks.ur5.tasks:job ur5_peg")
+    args = parser.parse_args()
+    module, _, name = args.scene[0].partition(":") if args.scene else ("", "", "")
+    emulator = Emulator(args.address, getattr(importlib.import_module(module), name)(*args.scene[1:]) if name else None)
     def listen():
         for line in sys.stdin: emulator.orders.put(line.strip())
         emulator.orders.put("quit")                            # whoever started it is gone
@@ -244,10 +277,10 @@ if __name__ == "__main__" and "__file__" in globals(): main()        # run as a 
 # %% ../../nbs/hardware/emulator.ipynb #092f66ae
 class EmulatorProcess:
     "An emulator in a process of its own, for as long as the context lasts."
-    def __init__(self, address: str = "127.0.0.1"): self.address = address
+    def __init__(self, address: str = "127.0.0.1", *scene: str): self.address, self.scene = address, ["--scene", *scene] if scene else []
 
     def __enter__(self):
-        self.process = subprocess.Popen([sys.executable, "-m", "dpag.robot.emulator", self.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env={**os.environ, "MUJOCO_GL": "disabled"})
+        self.process = subprocess.Popen([sys.executable, "-m", "dpag.robot.emulator", self.address, *self.scene], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         line = self.process.stdout.readline()
         if "emulating" not in line: raise RuntimeError(f"the emulator did not start on {self.address}: is another one, or a robot's simulator, running there?")
         return self

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mujoco', 'UR5E', 'DH', 'links', 'frames', 'forward', 'to_vector', 'to_matrix', 'difference', 'moved', 'jacobian',
-           'damped', 'inverse']
+           'damped', 'inverse', 'frame_of']
 
 # %% ../../nbs/hardware/kinematics.ipynb #4b9c8836
 from dataclasses import dataclass
@@ -103,3 +103,14 @@ def inverse(pose, near, dh: DH = UR5E, tool: float = 0.0, tolerance: float = 1e-
         step = damped(jacobian(F), error, damping=min(0.05, np.linalg.norm(error)))
         q = q + step / max(1, np.abs(step).max() / 0.3)
     raise ValueError(f"no joint angles found for the pose {np.round(pose, 3)}: {1000 * np.linalg.norm(error[:3]):.1f} mm and {np.linalg.norm(error[3:]):.3f} rad are left")
+
+# %% ../../nbs/hardware/kinematics.ipynb #83f05247
+def frame_of(origin, on_x, beyond) -> np.ndarray:
+    "The pose `(6,)` of the frame with this `origin`, x axis through `on_x`, and `beyond` in the plane's half with positive y; points `(3,)` m. Raises ValueError for points in a line, or nearer than 2 cm."
+    x, y = np.subtract(on_x, origin), np.subtract(beyond, origin)
+    z = np.cross(x, y)
+    if np.linalg.norm(x) < 0.02 or np.linalg.norm(z) < 0.02 * np.linalg.norm(x): raise ValueError(f"the points {np.round([origin, on_x, beyond], 4).tolist()} do not span a plane: they must be 2 cm apart, and not in a line")
+    T = np.eye(4)
+    T[:3, 0], T[:3, 2], T[:3, 3] = x / np.linalg.norm(x), z / np.linalg.norm(z), origin
+    T[:3, 1] = np.cross(T[:3, 2], T[:3, 0])
+    return to_vector(T)

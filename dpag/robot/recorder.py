@@ -7,6 +7,7 @@ __all__ = ['Recorder', 'read_episode', 'recorded']
 
 # %% ../../nbs/hardware/recorder.ipynb #b34349d8
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class Recorder:
 
     def end(self, keep: bool = True):
         "The episode is over; without `keep`, it is as if it had not been."
+        os.fsync(self.file.fileno())
         self.file.close(); self.file = None
         if keep: self.path.rename(self.path.with_suffix(".steps"))
         else: self.path.unlink()
@@ -59,8 +61,8 @@ def read_episode(path) -> tuple[dict, dict[str, np.ndarray]]:
 
 def recorded(folder, unfinished: bool = False) -> Demonstrations:
     "All episodes of a folder; those that were not ended only if `unfinished`. Raises ValueError where there is none."
-    paths = sorted(p for p in Path(folder).glob("episode_*") if p.suffix == ".steps" or unfinished)
-    episodes = [read_episode(p) for p in paths]
+    paths = sorted(p for p in Path(folder).glob("episode_*") if p.suffix == ".steps" or unfinished and b"\n" in p.read_bytes())        # one without a step has no line yet
+    episodes = [e for e in map(read_episode, paths) if len(next(iter(e[1].values())))]
     if not episodes: raise ValueError(f"{folder}: no finished episodes ({len(list(Path(folder).glob('*.part')))} unfinished ones)")
     arrays = {k: np.concatenate([a[k] for _, a in episodes]) for k in episodes[0][1]}
     return Demonstrations(arrays, np.cumsum([len(next(iter(a.values()))) for _, a in episodes]), {"source": "recorded", "episodes": [about for about, _ in episodes]})

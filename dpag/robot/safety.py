@@ -63,16 +63,16 @@ class Verdict:
 # %% ../../nbs/hardware/safety.ipynb #8828c2c7
 def fault(seen: Seen, command: Command, limits: Limits, now: float) -> str:
     "Why an arm in this state must stop, or an empty string."
-    off, force, fast = np.linalg.norm(seen.tcp[:3] - command.pose[:3]), np.linalg.norm(seen.force[:3]), np.abs(seen.qd).max()
-    checks = [(seen.fault, seen.fault),
-              (now - seen.changed > limits.stamp_age, f"no new state of the arm for {1000 * (now - seen.changed):.0f} ms, {1000 * limits.stamp_age:.0f} are allowed"),
-              (not all(np.isfinite(v).all() for v in (seen.q, seen.qd, seen.tcp, seen.force)), "the arm reports numbers that are not finite"),
-              *((now - taken > limits.frame_age, f"the newest picture of camera {name} is {1000 * (now - taken):.0f} ms old, {1000 * limits.frame_age:.0f} are allowed") for name, taken in seen.frames.items()),
-              (off > limits.tracking, f"the tool is {1000 * off:.0f} mm from where it was told to be, {1000 * limits.tracking:.0f} are allowed"),
-              (force > limits.force, f"a force of {force:.0f} N at the tool, {limits.force:.0f} are allowed"),
-              (fast > limits.joint_speed, f"joint {np.abs(seen.qd).argmax()} turns at {fast:.2f} rad/s, {limits.joint_speed} are allowed"),
-              (tilt(seen.tcp) > limits.tilt, f"the tool is tilted by {tilt(seen.tcp):.2f} rad, {limits.tilt} are allowed")]
-    return next((why for wrong, why in checks if wrong), "")
+    age, off, force, fast, lean = now - seen.changed, np.linalg.norm(seen.tcp[:3] - command.pose[:3]), np.linalg.norm(seen.force[:3]), np.abs(seen.qd).max(), tilt(seen.tcp)
+    if seen.fault: return seen.fault
+    if age > limits.stamp_age: return f"no new state of the arm for {1000 * age:.0f} ms, {1000 * limits.stamp_age:.0f} are allowed"
+    if not np.isfinite([*seen.q, *seen.qd, *seen.tcp, *seen.force]).all(): return "the arm reports numbers that are not finite"
+    for name, taken in seen.frames.items():
+        if now - taken > limits.frame_age: return f"the newest picture of camera {name} is {1000 * (now - taken):.0f} ms old, {1000 * limits.frame_age:.0f} are allowed"
+    if off > limits.tracking: return f"the tool is {1000 * off:.0f} mm from where it was told to be, {1000 * limits.tracking:.0f} are allowed"
+    if force > limits.force: return f"a force of {force:.0f} N at the tool, {limits.force:.0f} are allowed"
+    if fast > limits.joint_speed: return f"joint {np.abs(seen.qd).argmax()} turns at {fast:.2f} rad/s, {limits.joint_speed} are allowed"
+    return f"the tool is tilted by {lean:.2f} rad, {limits.tilt} are allowed" if lean > limits.tilt else ""
 
 def tilt(pose) -> float:
     "The angle between the tool and straight down, rad."
@@ -83,8 +83,10 @@ def refusal(target, due: float, command: Command, limits: Limits, period: float)
     "Why a target must not be followed, or an empty string. `period` is the time between actions, s."
     if np.shape(target) != (6,): return f"an action has the shape {np.shape(target)}, (6,) is allowed"
     if not np.isfinite(target).all(): return f"an action has numbers that are not finite: {target}"
+    if not np.isfinite(due): return f"an action is due at {due}"
     if tilt(target) > limits.tilt: return f"an action tilts the tool by {tilt(target):.2f} rad, {limits.tilt} are allowed"
     step, actions = np.linalg.norm(target[:3] - command.target[:3]), max(1, round((due - command.due) / period))
+    actions = min(actions, max(1, round(limits.hold_after / period)))
     if step > actions * limits.step: return f"an action is {1000 * step:.0f} mm from the one before it, {1000 * limits.step * actions:.0f} are allowed"
     return ""
 
@@ -107,9 +109,10 @@ def guard(command: Command, target, due: float, seen: Seen, *, box: Box, limits:
     """What an arm that was told `command` is told next, `dt` s later.
 
     `target` `(6,)` is the newest action's pose and `due` the time at which it is wanted; both may be those of before."""
-    why = fault(seen, command, limits, now) or (now - max(due, command.due) > limits.stop_after and f"no action for {1000 * (now - max(due, command.due)):.0f} ms, {1000 * limits.stop_after:.0f} are allowed")
+    late = now - (due if due > command.due else command.due)
+    why = fault(seen, command, limits, now) or (late > limits.stop_after and f"no action for {1000 * late:.0f} ms, {1000 * limits.stop_after:.0f} are allowed")
     if why: return Verdict("stop", command, why)
-    if due > command.due:
+    if not due <= command.due:                                 # newer, or no time at all
         why = refusal(target, due, command, limits, period)
         if why: return Verdict("stop", command, why)
         inside = box.clip(target[:3])

@@ -20,8 +20,11 @@ mujoco = load_mujoco()
 MASS = (3.76, 8.06, 2.85, 1.37, 1.3, 0.37)                     # kg, the maker's
 SPINE = (((0, 0, 0), (0, 0, .1625)), ((0, 0, 0), (0, 0, .138), (-.425, 0, .138), (-.425, 0, .007)), ((0, 0, .007), (-.3922, 0, .007)), ((0, 0, 0), (0, 0, .1333)), ((0, 0, 0), (0, 0, .0997)), ((0, 0, 0), (0, 0, .085)))
 RADIUS = (.06, .055, .045, .04, .04, .037)
+ELBOW_UP = np.array([0.0, -1.75, -2.0, -0.96, 1.57, 0.0])      # where the search for joint angles begins
 
-def numbers(*v) -> str: return " ".join(f"{x:.9g}" for x in v)
+def numbers(*v) -> str:
+    "Numbers as MJCF wants them."
+    return " ".join(f"{x:.9g}" for x in v)
 
 def arm_xml(tool: str, dh=UR5E) -> str:
     "The arm's bodies in MJCF, with `tool` (MJCF, too) on its flange."
@@ -40,14 +43,14 @@ def scene_xml(tool: str, world: str, assets: str = "", timestep: float = 0.002) 
 <visual><headlight ambient=".5 .5 .5" diffuse=".5 .5 .5"/><map znear=".01"/><quality shadowsize="0" offsamples="0"/></visual>
 <asset>{assets}</asset><default><joint damping="2" armature=".1"/><default class="arm"><geom contype="0" conaffinity="0" rgba=".75 .78 .82 1"/></default></default>
 <worldbody><geom name="table" type="box" size=".6 .6 .02" pos=".35 0 -.02" rgba=".45 .42 .38 1" contype="2" conaffinity="1"/>
-{world}{arm_xml(tool)}</worldbody><actuator>{motors}</actuator><sensor><force name="force" site="tip"/><torque name="torque" site="tip"/></sensor></mujoco>'''
+{world}{arm_xml(tool)}</worldbody><actuator>{motors}</actuator><sensor><force name="force" site="tip"/><torque name="torque" site="tip"/><framelinvel name="linear" objtype="site" objname="tip"/><frameangvel name="angular" objtype="site" objname="tip"/></sensor></mujoco>'''
 
 # %% ../../nbs/hardware/twin.ipynb #1ff1f355
 class Scene:
     "What an arm works on. Subclasses say what is there (`tool`, `world`, `assets`: MJCF), how long the tool is, and what each tick does."
     assets = ""
     tool = '<geom class="arm" type="capsule" size=".008" fromto="0 0 0 0 0 .14" mass=".1"/><site name="tip" pos="0 0 .15" size=".003"/>'
-    world = '<camera name="scene" pos=".9 -.55 .6" xyaxes=".6 .8 0 -.45 .33 .83"/>'
+    world = '<camera name="scene" pos="1.3 -1.1 .8" xyaxes=".707 .707 0 -.216 .216 .952" fovy="40"/>'
     tool_length = 0.15                                         # m from the flange to the tip
     start = (0.45, 0.0, 0.2, np.pi, 0.0, 0.0)                  # the tip's pose at the beginning
     box = Box((0.2, -0.35, 0.02), (0.7, 0.35, 0.5))
@@ -55,9 +58,9 @@ class Scene:
     def reset(self, physics: "Physics", rng: np.random.Generator): "Lay out what is to be worked on."
     def tick(self, physics: "Physics", dt: float): "What happens besides the physics."
     def show(self, physics: "Physics"): "Bring up to date what a picture is about to show, where that takes time."
+    def report(self) -> dict: return {}                        # what is known of the work, for people
 
-ELBOW_UP = np.array([0.0, -1.75, -2.0, -0.96, 1.57, 0.0])      # where the search for joint angles begins
-
+# %% ../../nbs/hardware/twin.ipynb #75f26f85
 class Physics:
     "An arm in a scene, moved tick by tick."
     def __init__(self, scene: Scene, tick: float = 0.008):
@@ -97,10 +100,9 @@ class Physics:
 
     def seen(self, fault: str = "") -> Seen:
         d = self.data
-        J = jacobian(frames(d.qpos[:6], tool=self.scene.tool_length))
         R = d.site_xmat[self.tip].reshape(3, 3)
-        wrench = np.concatenate([R @ d.sensor("force").data, R @ d.sensor("torque").data])
-        return Seen(self.now, self.now, d.qpos[:6].copy(), d.qvel[:6].copy(), self.tcp, J @ d.qvel[:6], wrench, fault)
+        force, torque, linear, angular = d.sensordata.reshape(4, 3)        # the first two in the tip's frame
+        return Seen(self.now, self.now, d.qpos[:6].copy(), d.qvel[:6].copy(), self.tcp, np.concatenate([linear, angular]), np.concatenate([R @ force, R @ torque]), fault)
 
     def picture(self, camera: str, size: int) -> np.ndarray:
         "What a camera of the scene sees, `(size, size, 3)` bytes, without shadows."
@@ -139,6 +141,7 @@ class Twin(Arm):
         "Everything as at the beginning; the scene is laid out by `seed`. A stopped twin is well again: only a simulated arm can do that."
         self.physics.reset(np.random.default_rng(seed))
         self.schedule, self.command, self.stopped, self.notes = Schedule(), Command.rest(self.physics.tcp, 0.0), "", []
+        self.kind = "move"
 
     def connect(self): self._alive()
     def close(self): self.physics.close()
@@ -167,7 +170,8 @@ class Twin(Arm):
         p, r, wanted = self.physics, self.robot, self.schedule.at(self.physics.now)
         if wanted is None: self.command, wanted = Command.rest(self.command.pose, p.now), (self.command.pose, p.now)        # nothing asked for yet
         v = guard(self.command, *wanted, p.seen(), box=p.scene.box, limits=r.limits, period=r.action_seconds, now=p.now, dt=r.tick_seconds)
-        if v.why: self.notes.append((p.now, v.kind, v.why))
+        if v.why and (v.kind == "move" or v.kind != self.kind): self.notes.append((p.now, v.kind, v.why))        # a hold is noted when it begins
+        self.kind = v.kind
         if v.kind == "stop": self.stop(v.why)
         self.command = v.command
         p.servo(self.command.pose); p.step()

@@ -49,7 +49,7 @@ class Task:
 # %% ../../nbs/07_tasks.ipynb #94fd4743
 TASKS = {"pusht_kp": "dpag.tasks.pusht.env", "pusht_img": "dpag.tasks.pusht.env", "dynamic_pusht_kp": "dpag.tasks.pusht.dynamic", "dynamic_pusht_img": "dpag.tasks.pusht.dynamic",
          **{f"{scene}_{who}": "dpag.tasks.robomimic.tasks" for scene in ("lift", "can", "square", "transport", "tool_hang") for who in ("ph", "mh") if (scene, who) != ("tool_hang", "mh")},
-         "kitchen": "dpag.tasks.kitchen.tasks"}
+         "kitchen": "dpag.tasks.kitchen.tasks", **{f"ur5_{job}": "dpag.tasks.ur5.tasks" for job in ("paint_circle", "paint_heart", "candy", "peg")}}
 
 def get_task(name: str, settings: Settings) -> Task:
     "The task called `name`, sized by `settings`. Raises SettingsError for an unknown name."
