@@ -85,7 +85,7 @@ class DiffusionPolicy(ChunkPolicy):
     def __init__(self, *, settings: config.Policy, **parts):
         super().__init__(settings=settings, **parts)
         self.net = build_noise_net(settings.net, horizon=self.horizon, action_dim=self.shapes.action_dim, latent_dim=self.encoder.latent_dim)
-        self.diffusion, self.draws = Diffusion(**settings.diffusion.model_dump()), settings.draws
+        self.diffusion, self.n_noise_samples = Diffusion(**settings.diffusion.model_dump()), settings.n_noise_samples
 
     def epsilon(self, noised, timestep, z):
         "The net's raw output and the noise it implies, `(B, T, D)` both."
@@ -93,8 +93,8 @@ class DiffusionPolicy(ChunkPolicy):
         return out, self.diffusion.to_epsilon(out, noised, timestep)
 
     def noised(self, batch: dict, generator) -> tuple:
-        "Training examples, `draws` for each of a batch's windows: noised chunks, steps k and the net's targets."
-        clean = self.normalised(batch).repeat_interleave(self.draws, 0)
+        "Training examples, `n_noise_samples` for each of a batch's windows: noised chunks, steps k and the net's targets."
+        clean = self.normalised(batch).repeat_interleave(self.n_noise_samples, 0)
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         k = torch.randint(self.diffusion.n_train_steps, (len(clean),), generator=generator, device=clean.device)
         return self.diffusion.add_noise(clean, noise, k), k, self.diffusion.target(clean, noise, k)
@@ -103,7 +103,7 @@ class DiffusionPolicy(ChunkPolicy):
         "Denoising error of a batch {obs: {key: (B, T_o, …)}, action: (B, T, D)}; scalars, the sum under `loss`."
         noised, k, target = self.noised(batch, generator)
         mu, _ = self.encode(batch["obs"], generator)
-        out, _ = self.epsilon(noised, k, mu.repeat_interleave(self.draws, 0))
+        out, _ = self.epsilon(noised, k, mu.repeat_interleave(self.n_noise_samples, 0))
         denoise = F.mse_loss(out, target)
         return {"loss": denoise, "denoise": denoise.detach()}
 
@@ -137,7 +137,7 @@ class ActionGuidedPolicy(DiffusionPolicy):
         "The paper's total loss, its terms, and the diagnostics of guidance.guidance_diagnostics."
         g = self.method.guidance
         noised, k, target = self.noised(batch, generator)
-        mu, logvar = (v.repeat_interleave(self.draws, 0) for v in self.encode(batch["obs"], generator))
+        mu, logvar = (v.repeat_interleave(self.n_noise_samples, 0) for v in self.encode(batch["obs"], generator))
         sigma = (0.5 * logvar).exp()
         z = sample_latent(mu, logvar, torch.randn(mu.shape, generator=generator, device=mu.device))
         out, eps, z_evolved = self.evolve(noised, k, z, mu, sigma, detach=g.vjp_detach)
@@ -153,7 +153,7 @@ class ActionGuidedPolicy(DiffusionPolicy):
 
     def shared_noise_pair(self, batch, generator, z, mu, sigma) -> tuple[torch.Tensor, torch.Tensor]:
         "The static and the evolved prediction when the whole batch has one noise and one timestep."
-        clean = self.normalised(batch).repeat_interleave(self.draws, 0)
+        clean = self.normalised(batch).repeat_interleave(self.n_noise_samples, 0)
         noise = torch.randn(clean[:1].shape, generator=generator, device=clean.device).expand_as(clean)
         k = torch.randint(self.diffusion.n_train_steps, (1,), generator=generator, device=clean.device).expand(len(clean))
         noised = self.diffusion.add_noise(clean, noise, k)

@@ -29,6 +29,14 @@ def small(settings):
 
 
 @pytest.fixture(scope="session")
+def patient():
+    "An arm's settings for half a minute on a machine that is shared and pauses: nothing stops because it was late. The documented limits have short tests of their own."
+    late = dict(stamp_age=2.0, frame_age=3.0, hold_after=1.0, stop_after=3.0, tracking=0.3, joint_speed=6.0, looser=True)
+    def patient(robot): return config.Robot.model_validate({**robot.model_dump(), "watchdog": 0.5, "limits": {**robot.limits.model_dump(), **late}})
+    return patient
+
+
+@pytest.fixture(scope="session")
 def dataset():
     "Ten made-up episodes of a block that drifts and an agent that circles."
     g = torch.Generator().manual_seed(0)

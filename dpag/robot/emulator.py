@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TYPES', 'OF_TYPE', 'STATE', 'MOVE_L', 'SERVO_STOP', 'SERVO_L', 'SET_TCP', 'GET_TCP_OFFSET', 'FORWARD_KINEMATICS',
            'FORWARD_KINEMATICS_OF', 'STOP_L', 'SET_WATCHDOG', 'WATCHDOG', 'STOP_SCRIPT', 'NORMAL', 'PROTECTIVE',
-           'EMERGENCY', 'ORDERS', 'type_of', 'package', 'pack', 'unpack', 'Controller', 'Session', 'Emulator', 'main',
-           'EmulatorProcess']
+           'EMERGENCY', 'CAMERAS', 'ORDERS', 'type_of', 'package', 'pack', 'unpack', 'Controller', 'Session',
+           'Emulator', 'main', 'EmulatorProcess']
 
 # %% ../../nbs/hardware/emulator.ipynb #33add8db
 import argparse
@@ -62,6 +62,7 @@ def unpack(names: list[str], body: bytes) -> dict:
 # %% ../../nbs/hardware/emulator.ipynb #8353e819
 MOVE_L, SERVO_STOP, SERVO_L, SET_TCP, GET_TCP_OFFSET, FORWARD_KINEMATICS, FORWARD_KINEMATICS_OF, STOP_L, SET_WATCHDOG, WATCHDOG, STOP_SCRIPT = 3, 16, 24, 29, 40, 43, 44, 33, 35, 99, 255
 NORMAL, PROTECTIVE, EMERGENCY = 1, 1 << 2 | 1 << 10, 1 << 7 | 1 << 10
+CAMERAS = "scene", "wrist"
 ORDERS = "drop [control|receive], silence, stall, protective, emergency, push X Y Z (newtons), mark (time the next rest from now), blind (cameras), recover, lay SEED, report, quit"
 
 # %% ../../nbs/hardware/emulator.ipynb #9be99faa
@@ -173,7 +174,7 @@ class Emulator:
     def __init__(self, address: str = "127.0.0.1", scene: Scene | None = None):
         if not ipaddress.ip_address(address).is_loopback: raise ValueError(f"address = {address}: the emulator listens on loopback addresses (127.x.x.x) only")
         self.address, self.controller, self.sessions, self.silent, self.blind, self.orders, self.over = address, Controller(scene), [], False, False, queue.Queue(), False
-        self.disturbed, self.rest = 0.0, 0.0                   # when the last fault was ordered, and when the arm was at rest after it
+        self.disturbed, self.rest = None, None                 # when the last fault was ordered, and when the arm was at rest after it, by the controller's clock
 
     async def rtde(self, reader, writer):
         session = Session(writer); self.sessions.append(session)
@@ -199,13 +200,14 @@ class Emulator:
 
     async def pictures(self, reader, writer):
         "A network camera: `/scene?size=64`, 15 pictures a second."
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError), contextlib.closing(writer):
             asked = urllib.parse.urlsplit((await reader.readuntil(b"\r\n\r\n")).split()[1].decode())
-            size = int(dict(urllib.parse.parse_qsl(asked.query)).get("size", 96))
+            name, size = asked.path[1:], urllib.parse.parse_qs(asked.query).get("size", ["96"])[0]
+            if name not in CAMERAS or not size.isdigit() or not 8 <= int(size) <= 1024: writer.write(f"HTTP/1.0 404 Not Found\r\n\r\n{asked.geturl()}: allowed are {', '.join('/' + c for c in CAMERAS)}, with ?size=8 to 1024\n".encode()); return
             writer.write(b"HTTP/1.0 200 OK\r\nContent-Type: multipart/x-mixed-replace; boundary=picture\r\n\r\n")
             while True:
                 if not self.blind:
-                    picture = self.controller.physics.picture(asked.path[1:], size) if can_draw() else blank_frame(size)
+                    picture = self.controller.physics.picture(name, int(size)) if can_draw() else blank_frame(int(size))
                     jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
                     writer.write(b"--picture\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg + b"\r\n")
                     await writer.drain()
@@ -228,7 +230,7 @@ class Emulator:
             while not self.orders.empty(): self.order(self.orders.get())
             self.controller.tick(time.monotonic())
             state = self.controller.state()
-            if self.disturbed and not self.rest and np.linalg.norm(state["actual_TCP_speed"][:3]) < 0.005: self.rest = time.monotonic()
+            if self.disturbed is not None and self.rest is None and np.linalg.norm(state["actual_TCP_speed"][:3]) < 0.005: self.rest = state["timestamp"]
             for s in list(self.sessions):
                 if s.on and not self.silent and time.monotonic() >= s.due - 0.001:
                     s.writer.write(package("U", b"\1" + pack(s.outputs, state))); s.due += s.period
@@ -240,9 +242,9 @@ class Emulator:
     def order(self, what: str):
         "A fault, or `quit`."
         c, words = self.controller, what.split()
-        if what not in ("quit", "report", "recover"): self.disturbed, self.rest = time.monotonic(), 0.0
+        if what not in ("quit", "report", "recover"): self.disturbed, self.rest = c.physics.now, None
         if what == "quit": self.over = True
-        elif what == "recover": self.silent, self.blind, self.disturbed = False, False, 0.0; c.recover()
+        elif what == "recover": self.silent, self.blind, self.disturbed, self.rest = False, False, None, None; c.recover()
         elif words[0] == "lay": c.lay(int(words[1]))
         elif what == "blind": self.blind = True
         elif words[:1] == ["drop"]:                            # drop, drop control, drop receive
@@ -254,7 +256,7 @@ class Emulator:
         elif what == "emergency": c.safety = EMERGENCY; c.halt("emergency stop")
         elif words[:1] == ["push"]: c.physics.data.xfrc_applied[c.physics.model.body("flange").id, :3] = [float(w) for w in words[1:4]]
         elif what == "mark": pass
-        elif what == "report": print(json.dumps({"running": c.running, "why": c.why, "speed": float(np.linalg.norm(c.physics.seen().speed[:3])), "tcp": c.physics.tcp.tolist(), "rest_after": self.rest - self.disturbed if self.rest else None, **c.physics.scene.report()}), flush=True)
+        elif what == "report": print(json.dumps({"running": c.running, "why": c.why, "speed": float(np.linalg.norm(c.physics.seen().speed[:3])), "tcp": c.physics.tcp.tolist(), "rest_after": None if self.rest is None else self.rest - self.disturbed, **c.physics.scene.report()}), flush=True)
         else: print(f"unknown order {what!r}: {ORDERS}", flush=True)
 
 # %% ../../nbs/hardware/emulator.ipynb #abaca30e

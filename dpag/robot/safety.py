@@ -13,9 +13,6 @@ import numpy as np
 from ..config import Limits
 from .kinematics import difference, moved, to_matrix
 
-# %% ../../nbs/hardware/safety.ipynb #df1488d2
-#| export
-
 # %% ../../nbs/hardware/safety.ipynb #95f94d56
 @dataclass(frozen=True)
 class Box:
