@@ -9,8 +9,9 @@ __all__ = ['Diffusion']
 from collections.abc import Callable
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
+
+from .libraries import diffusers_schedulers
 
 # %% ../nbs/04_diffusion.ipynb #4919c668
 class Diffusion(nn.Module):
@@ -19,6 +20,7 @@ class Diffusion(nn.Module):
     Noise is always drawn from the generator that is passed in."""
     def __init__(self, *, n_train_steps: int, schedule: str, prediction: str, sampler: str, n_sample_steps: int, clip: float, target_temperature: float):
         super().__init__()
+        DDIMScheduler, DDPMScheduler = diffusers_schedulers()
         kw = dict(num_train_timesteps=n_train_steps, beta_schedule=schedule, prediction_type=prediction, clip_sample=True, clip_sample_range=clip)
         # "trailing" starts at the noisiest step; the library's default would start a short DDIM run below it, from noise that the net takes for signal.
         kw["timestep_spacing"] = "trailing"

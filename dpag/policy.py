@@ -13,9 +13,9 @@ import platform
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import diffusers
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_model, save_model
@@ -209,7 +209,7 @@ def save_policy(path, policy: nn.Module, *, method: config.Method, settings: con
     try:
         save_model(policy, tmp / "model.safetensors")                    # a weight that has two names is written once
         meta = {"method": method.model_dump(), "policy": settings.model_dump(), "shapes": asdict(policy.shapes), "info": info,
-                "versions": {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__, "dpag": __version__}}
+                "versions": {"python": platform.python_version(), "torch": torch.__version__, "diffusers": version("diffusers"), "dpag": __version__}}
         (tmp / "checkpoint.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
         if path.exists(): shutil.rmtree(path)
         tmp.rename(path)

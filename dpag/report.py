@@ -19,7 +19,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
 from .ablation import ablation_rows, readable_ablation
 from .config import atomic, root, write_text
@@ -288,6 +287,7 @@ def plot_curve(curve: pd.DataFrame):
 
 def plot_distribution(episodes: pd.DataFrame):
     "How many episodes score how much: a policy that half succeeds always differs from one that succeeds half the time."
+    import seaborn as sns                                      # takes seconds, and most who come here draw nothing with it
     fig, ax = plt.subplots(figsize=(5, 3))
     shown = [m for m in METHODS if m in set(episodes.method)]
     sns.ecdfplot(episodes.assign(method=episodes.method.map(METHODS)), x="score", hue="method", hue_order=[METHODS[m] for m in shown], palette={METHODS[m]: PALETTE[m] for m in shown}, ax=ax)

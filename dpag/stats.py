@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'clopper_pearson', 'bootstrap_mean', 'paired_difference', 
 # %% ../nbs/10_stats.ipynb #bdefc0c8
 import numpy as np
 import pandas as pd
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from .config import derive_seed
 
@@ -17,8 +17,8 @@ def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     "Exact interval for a success rate."
     if not 0 <= successes <= n or n == 0: raise ValueError(f"{successes} successes of {n}: need 0 ≤ successes ≤ n and n > 0")
     a = (1 - confidence) / 2
-    low = beta.ppf(a, successes, n - successes + 1) if successes else 0.0
-    high = beta.ppf(1 - a, successes + 1, n - successes) if successes < n else 1.0
+    low = betaincinv(successes, n - successes + 1, a) if successes else 0.0
+    high = betaincinv(successes + 1, n - successes, 1 - a) if successes < n else 1.0
     return float(low), float(high)
 
 # %% ../nbs/10_stats.ipynb #e69a5b6d

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TYPES', 'OF_TYPE', 'STATE', 'MOVE_L', 'SERVO_STOP', 'SERVO_L', 'SET_TCP', 'GET_TCP_OFFSET', 'FORWARD_KINEMATICS',
            'FORWARD_KINEMATICS_OF', 'STOP_L', 'SET_WATCHDOG', 'WATCHDOG', 'STOP_SCRIPT', 'NORMAL', 'PROTECTIVE',
-           'EMERGENCY', 'CAMERAS', 'ORDERS', 'type_of', 'package', 'pack', 'unpack', 'Controller', 'Session',
-           'Emulator', 'main', 'EmulatorProcess']
+           'EMERGENCY', 'ORDERS', 'type_of', 'package', 'pack', 'unpack', 'Controller', 'Session', 'Emulator', 'main',
+           'EmulatorProcess']
 
 # %% ../../nbs/hardware/emulator.ipynb #33add8db
 import argparse
@@ -62,7 +62,6 @@ def unpack(names: list[str], body: bytes) -> dict:
 # %% ../../nbs/hardware/emulator.ipynb #8353e819
 MOVE_L, SERVO_STOP, SERVO_L, SET_TCP, GET_TCP_OFFSET, FORWARD_KINEMATICS, FORWARD_KINEMATICS_OF, STOP_L, SET_WATCHDOG, WATCHDOG, STOP_SCRIPT = 3, 16, 24, 29, 40, 43, 44, 33, 35, 99, 255
 NORMAL, PROTECTIVE, EMERGENCY = 1, 1 << 2 | 1 << 10, 1 << 7 | 1 << 10
-CAMERAS = "scene", "wrist"
 ORDERS = "drop [control|receive], silence, stall, protective, emergency, push X Y Z (newtons), mark (time the next rest from now), blind (cameras), recover, lay SEED, report, quit"
 
 # %% ../../nbs/hardware/emulator.ipynb #9be99faa
@@ -203,7 +202,9 @@ class Emulator:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError), contextlib.closing(writer):
             asked = urllib.parse.urlsplit((await reader.readuntil(b"\r\n\r\n")).split()[1].decode())
             name, size = asked.path[1:], urllib.parse.parse_qs(asked.query).get("size", ["96"])[0]
-            if name not in CAMERAS or not size.isdigit() or not 8 <= int(size) <= 1024: writer.write(f"HTTP/1.0 404 Not Found\r\n\r\n{asked.geturl()}: allowed are {', '.join('/' + c for c in CAMERAS)}, with ?size=8 to 1024\n".encode()); return
+            model = self.controller.physics.model
+            cameras = [model.camera(i).name for i in range(model.ncam)]
+            if name not in cameras or not size.isdigit() or not 8 <= int(size) <= 1024: writer.write(f"HTTP/1.0 404 Not Found\r\n\r\n{asked.geturl()}: allowed are {', '.join('/' + c for c in cameras)}, with ?size=8 to 1024\n".encode()); return
             writer.write(b"HTTP/1.0 200 OK\r\nContent-Type: multipart/x-mixed-replace; boundary=picture\r\n\r\n")
             while True:
                 if not self.blind:
