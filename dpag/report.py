@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PUSHT_TASKS', 'ROBOMIMIC_TASKS', 'UR5_TASKS', 'TASK_TITLES', 'PAPER_PUSHT', 'PAPER_ROBOMIMIC',
-           'PAPER_KITCHEN', 'PAPER_UR5', 'PAPER', 'SPIRAL_MODELS', 'PAPER_SPIRALS', 'TABLES', 'PALETTE', 'provenance',
-           'collect', 'task_rows', 'spirals_rows', 'readable_columns', 'readable_pusht', 'readable_robomimic',
-           'readable_kitchen', 'readable_details', 'readable_spirals', 'readable_ur5', 'caption', 'write_table',
-           'collect_spirals', 'collect_acting', 'collect_ablation', 'check_tables', 'peak_memory', 'save_figure',
-           'plot_curve', 'plot_distribution', 'plot_spirals', 'plot_attention']
+           'PAPER_KITCHEN', 'PAPER_UR5', 'PAPER', 'SPIRAL_MODELS', 'PAPER_SPIRALS', 'TABLES', 'PALETTE', 'processor',
+           'provenance', 'collect', 'task_rows', 'spirals_rows', 'readable_columns', 'readable_pusht',
+           'readable_robomimic', 'readable_kitchen', 'readable_details', 'readable_spirals', 'readable_ur5', 'caption',
+           'write_table', 'collect_spirals', 'collect_acting', 'collect_ablation', 'check_tables', 'peak_memory',
+           'save_figure', 'plot_curve', 'plot_distribution', 'plot_spirals', 'plot_attention']
 
 # %% ../nbs/11_report.ipynb #0cef8c44
 import json
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,12 +59,18 @@ SPIRAL_MODELS = {"base_flow": "Base Flow", "vjp_flow": "VJP-Guided Flow"}
 PAPER_SPIRALS = {"base_flow": .0095, "vjp_flow": .0052}
 
 # %% ../nbs/11_report.ipynb #d864c309
+def processor() -> str:
+    "The name of the processor: another kind adds floating-point numbers in another order, and after some thousands of steps has another policy."
+    try: found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError: found = None                               # not Linux
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
 def provenance() -> dict:
     "Commit (with + when the tree was changed), device and library versions."
     import torch
     def git(*args): return subprocess.run(["git", "-C", str(root()), *args], capture_output=True, text=True).stdout.strip()
     changed = git("status", "--porcelain", "--", "nbs", "dpag", "conf")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} thread)"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({processor()}, {torch.get_num_threads()} thread)"
     return {"commit": (git("rev-parse", "--short=12", "HEAD") or "none") + ("+" if changed else ""), "device": device, "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
 
 # %% ../nbs/11_report.ipynb #e86ae896

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -11,9 +12,12 @@ import pytest
 
 from dpag.config import SettingsError, load, validate
 from dpag.robot.arm import Stopped
+from dpag.robot.drive import drive
 from dpag.robot.emulator import Emulator, EmulatorProcess
 from dpag.robot.kinematics import forward, to_vector
+from dpag.robot.recorder import Recorder, recorded
 from dpag.robot.safety import Box
+from dpag.robot.twin import Scene
 from dpag.robot.ur import UR, Wire
 
 BOX = Box((0.2, -0.35, 0.02), (0.7, 0.35, 0.5))
@@ -62,7 +66,7 @@ def test_a_fault_stops_the_arm_and_it_stays_stopped(emulator, fault, said):
     np.testing.assert_allclose(after["tcp"][:3], before["tcp"][:3], atol=2e-3 if "push" in fault else 2e-4)        # nobody moved it again
 
 
-def test_half_a_minute_at_the_controllers_pace(emulator, patient):
+def test_half_a_minute_at_the_controllers_pace(emulator, patient, capsys):
     emulator.order("recover")
     arm = UR(patient(settings(emulator.address)), BOX)
     with arm:
@@ -74,7 +78,7 @@ def test_half_a_minute_at_the_controllers_pace(emulator, patient):
             arm.until(now + .8)
             off.append(np.linalg.norm(arm.observe(images=False).seen.tcp[:3] - circle(arm.now() - start)[:3]))
     ticks = 1000 * np.array(arm.ticks)
-    print(f"{len(ticks)} ticks: p50 {np.percentile(ticks, 50):.2f} ms, p99 {np.percentile(ticks, 99):.2f} ms, longest {ticks.max():.1f} ms")
+    with capsys.disabled(): print(f"\n{len(ticks)} ticks: p50 {np.percentile(ticks, 50):.2f} ms, p99 {np.percentile(ticks, 99):.2f} ms, longest {ticks.max():.1f} ms")
     assert arm.stopped == "closed" and abs(np.median(ticks) - 8) < 0.2
     assert np.median(off) < 0.03
 
@@ -107,6 +111,25 @@ def test_a_wrong_action_stops_the_arm_before_it_is_sent(emulator, action, said):
         else:
             with pytest.raises(ValueError, match=said): arm.servo(action[None], [arm.now() + .1])
     np.testing.assert_allclose(emulator.report()["tcp"][:3], before[:3], atol=1e-3)
+
+
+class Above(Scene):
+    "Nothing but the tip above the table."
+    def pose(self, action): return np.array([*action, *START[3:]])
+    def action(self, pose): return np.asarray(pose)[:3]
+
+
+def test_what_was_recorded_before_a_fault_is_whole(emulator, tmp_path):
+    emulator.order("recover")
+    recorder = Recorder(tmp_path); recorder.begin(who="a circle")
+    with UR(settings(emulator.address), BOX) as arm:
+        start = arm.now()
+        threading.Timer(1.5, emulator.order, ["protective"]).start()
+        run = drive(arm, Above(), lambda recent: np.stack([circle(arm.now() - start + .1 * k)[:3] for k in range(1, 9)]), n_obs_steps=1, period=.1, seconds=5, spare=2, recorder=recorder)
+    assert run.why == "protective stop" and recorder.path.exists()
+    arrays = recorded(tmp_path, unfinished=True).arrays          # nobody came to end the episode
+    np.testing.assert_array_equal(arrays["tip"], run.was)
+    assert len(run.was) > 10 and np.isfinite(arrays["force"]).all() and (np.diff(arrays["time"]) > 0).all()
 
 
 def test_out_of_reach_the_arm_stops_where_it_was_stretched(emulator):

@@ -25,7 +25,7 @@ def replay(arm, work, actions, *, spare, period):
 
 @pytest.mark.flaky(reruns=2)
 @pytest.mark.parametrize("name", list(EXPERTS))
-def test_half_a_minute_of_every_job_in_real_time(name, patient):
+def test_half_a_minute_of_every_job_in_real_time(name, patient, capsys):
     "What a script does on the twin is done again through the driver, with what is late dropped; as well as on the twin."
     settings = load().for_cell(name)
     period, ticks, scores, late = settings.robot.action_seconds, [], [], 0
@@ -42,7 +42,7 @@ def test_half_a_minute_of_every_job_in_real_time(name, patient):
             ticks += arm.ticks; late += run.late
             scores.append((emulator.report()["score"], work.score()))
     ms, scores = 1000 * np.array(ticks), np.array(scores)
-    print(f"{name}: {sum(ticks):.0f} s, {len(scores)} times; p50 {np.percentile(ms, 50):.2f} ms, p99 {np.percentile(ms, 99):.2f} ms, longest {ms.max():.1f} ms, {(ms > 16).sum()} ticks and {late} actions late; score {scores[:, 0].mean():.2f}, on the twin {scores[:, 1].mean():.2f}")
+    with capsys.disabled(): print(f"\n{name}: {sum(ticks):.0f} s, {len(scores)} times; p50 {np.percentile(ms, 50):.2f} ms, p99 {np.percentile(ms, 99):.2f} ms, longest {ms.max():.1f} ms, {(ms > 16).sum()} ticks and {late} actions late; score {scores[:, 0].mean():.2f}, on the twin {scores[:, 1].mean():.2f}")
     assert abs(np.median(ms) - 8) < 0.2
     assert scores[:, 0].mean() > scores[:, 1].mean() - (0.4 if name == "ur5_candy" else 0.1)          # candies that are pushed blindly go astray
 
