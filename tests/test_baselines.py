@@ -176,7 +176,7 @@ def test_ibcs_search_keeps_two_minima():
 
 # Two ways: what a method can hold, and what it cannot.
 
-LEARN = {"lstm_gmm": ({"hidden": 64}, dict(steps=400, lr=5e-3)), "ibc": ({"width": 64, "n_negatives": 64, "n_candidates": 128}, dict(steps=300)),
+LEARN = {"lstm_gmm": ({"hidden": 64, "min_std": 0.05}, dict(steps=400, lr=5e-3)), "ibc": ({"width": 64, "n_negatives": 64, "n_candidates": 128}, dict(steps=300)),
          "bet": ({"n_bins": 24, "width": 72, "layers": 2}, dict(steps=250)), "ada_flow": ({"head": [64]}, dict(steps=500)), "flow_policy": ({"n_steps": 2}, dict(steps=1500))}
 
 
@@ -189,7 +189,7 @@ def test_both_modes_are_reached(methods, kind):
     assert (x > 0.2).sum() > 6 and (x < -0.2).sum() > 6, x        # each way's first step is 0.33 to 0.40 aside
 
 
-@pytest.mark.parametrize("kind,changes", [("lstm_gmm", {"n_modes": 1, "hidden": 64}), ("bet", {"n_bins": 1})])
+@pytest.mark.parametrize("kind,changes", [("lstm_gmm", {"n_modes": 1, "hidden": 64, "min_std": 0.05}), ("bet", {"n_bins": 1})])
 def test_one_answer_is_the_mean(methods, kind, changes):
     policy, _ = learn(methods[kind].model_copy(update=changes), steps=250)
     assert walk(policy, n_steps=1)[1, :, 0].abs().max() < 0.15
