@@ -57,7 +57,9 @@ def test_committed_rows_have_the_promised_columns():
     files = list((root() / "results/eval").glob("*/*/*/*/episodes.csv"))
     assert files
     for f in files:
-        columns = ["seed", "score", "success", "steps", "jerk_agent", "jerk_action", "act_ms_p50", "act_ms_p99"]
+        task = f.parts[-4]
+        of_the_arm = ["jerk", "jerk_measured", "jerk_si", "seconds"] if task.startswith("ur5") else []
+        columns = ["seed", "score", "success", "steps", *of_the_arm, *["iou"] * ("paint" in task), "jerk_agent", "jerk_action", "act_ms_p50", "act_ms_p99"]
         assert list(pd.read_csv(f, nrows=1).columns) in (columns, [*columns, "flow_steps"])             # the last came with the flows
         run = pd.read_json(f.parent / "run.json", typ="series")
         assert set(pd.read_csv(f.parent / "curve.csv").step) <= {run.step, *(max(1, round(share * run.step)) for share in (0.25, 0.5))}, f        # no points of an earlier run
