@@ -32,7 +32,7 @@ PUSHT_TASKS = {"pusht_img": "Push-T img", "pusht_kp": "Push-T kp", "dynamic_push
 ROBOMIMIC_TASKS = {"lift_ph": "Lift ph", "lift_mh": "Lift mh", "can_ph": "Can ph", "can_mh": "Can mh", "square_ph": "Square ph", "square_mh": "Square mh",
                    "transport_ph": "Transport ph", "transport_mh": "Transport mh", "tool_hang_ph": "ToolHang ph"}
 UR5_TASKS = {"ur5_paint_circle": "Painting, circle", "ur5_paint_heart": "Painting, heart", "ur5_candy": "Candy push", "ur5_peg": "Peg-in-hole"}
-TASK_TITLES = {**PUSHT_TASKS, "dynamic_pusht_kp": "Dynamic Push-T kp", **ROBOMIMIC_TASKS, "kitchen": "Kitchen", **{t: f"UR5 {name}" for t, name in UR5_TASKS.items()}}       # Dynamic Push-T kp is not in the paper
+TASK_TITLES = {**PUSHT_TASKS, "dynamic_pusht_kp": "Dynamic Push-T kp", **ROBOMIMIC_TASKS, "kitchen": "Kitchen", **{t: f"UR5 {name[0].lower()}{name[1:]}" for t, name in UR5_TASKS.items()}}       # Dynamic Push-T kp is not in the paper
 
 def _by_method(columns: list[str], table: dict) -> dict:
     "`{column: {method: number}}` of a table with one row of numbers per method."
@@ -198,10 +198,12 @@ def caption(block: pd.DataFrame) -> str:
     r = block.iloc[0]
     demos = "" if r.task == "spirals" else f", {r.demos} demonstrations"
     one = " Where there is one training seed, the interval knows nothing of how much seeds differ." if block.n_seeds.min() == 1 else ""
-    what = "spirals" if r.task == "spirals" else "episodes"
-    return f"Profile `{r.profile}`{demos}; {_span(block.n_seeds)} training seeds, {_span(block.n_episodes)} fresh {what} each; mean [95 % interval].{one}{_NOTE.get(r.profile, '')}"
+    what = "spiral" if r.task == "spirals" else "episode"
+    return f"Profile `{r.profile}`{demos}; {_span(block.n_seeds, 'training seed')}, {_span(block.n_episodes, f'fresh {what}')} each; mean [95 % interval].{one}{_NOTE.get(r.profile, '')}"
 
-def _span(n: pd.Series) -> str: return f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
+def _span(n: pd.Series, what: str) -> str:
+    low, high = n.min(), n.max()
+    return (f"{low}" if low == high else f"{low} to {high}") + f" {what}" + ("s" if high > 1 else "")
 
 # %% ../nbs/11_report.ipynb #aecd9da1
 def write_table(name: str, long: pd.DataFrame, layouts: list, folder: Path) -> list[Path]:

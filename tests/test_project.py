@@ -126,6 +126,12 @@ def test_interval_of_a_certain_score_is_a_point():
     assert low == pytest.approx(0.3475, abs=1e-3) and high == pytest.approx(0.9333, abs=1e-3)
 
 
+def test_tasks_and_tables_have_the_same_titles(settings):
+    from dpag.report import TASK_TITLES
+    from dpag.tasks.base import TASKS
+    assert {name: get_task(name, settings).title for name in TASKS} == TASK_TITLES
+
+
 def test_cells_that_were_not_run_stay_empty():
     from dpag.report import readable_pusht
     rows = pd.DataFrame([dict(profile="laptop", demos="scripted", task="pusht_kp", method="dp", train_seed=s, seed=i, score=.5, success=0, steps=3, jerk_agent=1., jerk_action=1., act_ms_p50=1., act_ms_p99=1.) for s in (0, 1) for i in range(4)])

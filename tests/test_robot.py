@@ -22,7 +22,7 @@ from dpag.robot.ur import UR, Wire
 
 BOX = Box((0.2, -0.35, 0.02), (0.7, 0.35, 0.5))
 START = np.array([0.45, 0, 0.2, np.pi, 0, 0])
-pytestmark = pytest.mark.flaky(reruns=8)                       # a machine that is shared may pause for more than a tenth of a second; stopping is then right, and not what a test is about
+in_real_time = pytest.mark.flaky(reruns=8)                     # a machine that is shared may pause for more than a tenth of a second; stopping is then right, and not what a test is about
 
 
 def circle(t): return START + [.06 * np.sin(t), .06 * np.cos(t) - .06, 0, 0, 0, 0]
@@ -49,6 +49,7 @@ def emulator():
     with EmulatorProcess("127.0.0.21") as e: yield e
 
 
+@in_real_time
 @pytest.mark.parametrize("fault, said", [("protective", "protective stop"), ("emergency", "emergency stop"), ("drop", "connection"), ("drop control", "connection"), ("drop receive", "connection"),
                                          ("silence", "no new state"), ("push 0 0 90", "force")])
 def test_a_fault_stops_the_arm_and_it_stays_stopped(emulator, fault, said):
@@ -66,6 +67,7 @@ def test_a_fault_stops_the_arm_and_it_stays_stopped(emulator, fault, said):
     np.testing.assert_allclose(after["tcp"][:3], before["tcp"][:3], atol=2e-3 if "push" in fault else 2e-4)        # nobody moved it again
 
 
+@in_real_time
 def test_half_a_minute_at_the_controllers_pace(emulator, patient, capsys):
     emulator.order("recover")
     arm = UR(patient(settings(emulator.address)), BOX)
@@ -90,6 +92,7 @@ class Camera:
     def close(self): pass
 
 
+@in_real_time
 def test_a_camera_that_hangs_stops_the_arm(emulator):
     emulator.order("recover")
     with UR(settings(emulator.address), BOX, {"wrist": Camera()}) as arm:
@@ -100,6 +103,7 @@ def test_a_camera_that_hangs_stops_the_arm(emulator):
     assert not emulator.report()["running"]
 
 
+@in_real_time
 @pytest.mark.parametrize("action, said", [(circle(0) * np.nan, "finite"), (circle(0)[:5], "shape"), (circle(0) + [0, 0, .05, 0, 0, 0], "50 mm")])
 def test_a_wrong_action_stops_the_arm_before_it_is_sent(emulator, action, said):
     emulator.order("recover")
@@ -119,6 +123,7 @@ class Above(Scene):
     def action(self, pose): return np.asarray(pose)[:3]
 
 
+@in_real_time
 def test_what_was_recorded_before_a_fault_is_whole(emulator, tmp_path):
     emulator.order("recover")
     recorder = Recorder(tmp_path); recorder.begin(who="a circle")
@@ -132,6 +137,7 @@ def test_what_was_recorded_before_a_fault_is_whole(emulator, tmp_path):
     assert len(run.was) > 10 and np.isfinite(arrays["force"]).all() and (np.diff(arrays["time"]) > 0).all()
 
 
+@in_real_time
 def test_out_of_reach_the_arm_stops_where_it_was_stretched(emulator):
     emulator.order("recover")
     with UR(settings(emulator.address), Box((-2, -2, -2), (2, 2, 2))) as arm:
@@ -143,6 +149,7 @@ def test_out_of_reach_the_arm_stops_where_it_was_stretched(emulator):
     assert not report["running"] and 0.75 < report["tcp"][0] < 1.1
 
 
+@in_real_time
 def test_killed_without_warning_the_arm_comes_to_rest(emulator):
     emulator.order("recover")
     child = subprocess.Popen([sys.executable, "-c", f"import tests.test_robot as t, time\nif __name__ == '__main__':\n    arm = t.UR(t.settings('{emulator.address}'), t.BOX); arm.connect(); t.set_off(arm); print('moving', flush=True); time.sleep(30)"],
@@ -155,6 +162,7 @@ def test_killed_without_warning_the_arm_comes_to_rest(emulator):
     assert report["rest_after"] < 0.5 and not report["running"]
 
 
+@in_real_time
 def test_the_controller_and_the_table_agree_on_where_the_hand_is(emulator):
     emulator.order("recover")
     start = emulator.report()["tcp"]
