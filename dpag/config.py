@@ -117,7 +117,7 @@ class Policy(Strict):
     n_obs_steps: PositiveInt
     n_action_steps: PositiveInt
     action_frame: Literal["absolute", "relative"]                # relative: to the agent's last observed position
-    n_noise_samples: PositiveInt                                 # noises and steps that DP and DP-AG draw for each window of a batch: cheap where seeing is what costs
+    n_noise_samples: PositiveInt                                 # noises and times that DP, DP-AG and the flows draw for each window of a batch: cheap where seeing is what costs
     encoder: Encoder
     net: Annotated[MLPNet | UNet, Field(discriminator="kind")]
     diffusion: Diffusion

@@ -48,6 +48,7 @@ class ChunkPolicy(nn.Module):
         super().__init__()
         self.method, self.shapes, self.encoder, self.action_scale, self.action_frame = method, shapes, encoder, action_scale, settings.action_frame
         self.horizon, self.n_obs_steps, self.n_action_steps = settings.horizon, settings.n_obs_steps, settings.n_action_steps
+        self.n_noise_samples = settings.n_noise_samples
 
     @classmethod
     def seen(cls, obs: dict) -> dict:
@@ -69,6 +70,10 @@ class ChunkPolicy(nn.Module):
         "A batch's actions `(B, T, D)` in the frame and on the scale that the nets see."
         return self.action_scale(batch["action"] - self.reference(batch["obs"], self.shapes, self.action_frame))
 
+    def repeated(self, rows: torch.Tensor) -> torch.Tensor:
+        "Each of a batch's rows `n_noise_samples` times, `(B, …)` to `(B · n, …)`: one look serves several noises."
+        return rows.repeat_interleave(self.n_noise_samples, 0)
+
     def executed(self, chunk: torch.Tensor, obs: dict) -> torch.Tensor:
         "The actions `(B, n_action_steps, D)` that are done of a predicted chunk `(B, horizon, D)`, in the environment's units."
         first = self.n_obs_steps - 1
@@ -85,7 +90,7 @@ class DiffusionPolicy(ChunkPolicy):
     def __init__(self, *, settings: config.Policy, **parts):
         super().__init__(settings=settings, **parts)
         self.net = build_noise_net(settings.net, horizon=self.horizon, action_dim=self.shapes.action_dim, latent_dim=self.encoder.latent_dim)
-        self.diffusion, self.n_noise_samples = Diffusion(**settings.diffusion.model_dump()), settings.n_noise_samples
+        self.diffusion = Diffusion(**settings.diffusion.model_dump())
 
     def epsilon(self, noised, timestep, z):
         "The net's raw output and the noise it implies, `(B, T, D)` both."
@@ -94,7 +99,7 @@ class DiffusionPolicy(ChunkPolicy):
 
     def noised(self, batch: dict, generator) -> tuple:
         "Training examples, `n_noise_samples` for each of a batch's windows: noised chunks, steps k and the net's targets."
-        clean = self.normalised(batch).repeat_interleave(self.n_noise_samples, 0)
+        clean = self.repeated(self.normalised(batch))
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         k = torch.randint(self.diffusion.n_train_steps, (len(clean),), generator=generator, device=clean.device)
         return self.diffusion.add_noise(clean, noise, k), k, self.diffusion.target(clean, noise, k)
@@ -103,7 +108,7 @@ class DiffusionPolicy(ChunkPolicy):
         "Denoising error of a batch {obs: {key: (B, T_o, …)}, action: (B, T, D)}; scalars, the sum under `loss`."
         noised, k, target = self.noised(batch, generator)
         mu, _ = self.encode(batch["obs"], generator)
-        out, _ = self.epsilon(noised, k, mu.repeat_interleave(self.n_noise_samples, 0))
+        out, _ = self.epsilon(noised, k, self.repeated(mu))
         denoise = F.mse_loss(out, target)
         return {"loss": denoise, "denoise": denoise.detach()}
 
@@ -137,7 +142,7 @@ class ActionGuidedPolicy(DiffusionPolicy):
         "The paper's total loss, its terms, and the diagnostics of guidance.guidance_diagnostics."
         g = self.method.guidance
         noised, k, target = self.noised(batch, generator)
-        mu, logvar = (v.repeat_interleave(self.n_noise_samples, 0) for v in self.encode(batch["obs"], generator))
+        mu, logvar = map(self.repeated, self.encode(batch["obs"], generator))
         sigma = (0.5 * logvar).exp()
         z = sample_latent(mu, logvar, torch.randn(mu.shape, generator=generator, device=mu.device))
         out, eps, z_evolved = self.evolve(noised, k, z, mu, sigma, detach=g.vjp_detach)
@@ -153,7 +158,7 @@ class ActionGuidedPolicy(DiffusionPolicy):
 
     def shared_noise_pair(self, batch, generator, z, mu, sigma) -> tuple[torch.Tensor, torch.Tensor]:
         "The static and the evolved prediction when the whole batch has one noise and one timestep."
-        clean = self.normalised(batch).repeat_interleave(self.n_noise_samples, 0)
+        clean = self.repeated(self.normalised(batch))
         noise = torch.randn(clean[:1].shape, generator=generator, device=clean.device).expand_as(clean)
         k = torch.randint(self.diffusion.n_train_steps, (1,), generator=generator, device=clean.device).expand(len(clean))
         noised = self.diffusion.add_noise(clean, noise, k)

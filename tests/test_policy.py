@@ -71,6 +71,17 @@ def test_saved_and_loaded_acts_bit_identically(settings, small, shapes, dataset,
     assert not any(f.suffix in (".pt", ".pkl", ".ckpt") for f in (tmp_path / "c").iterdir())
 
 
+@pytest.mark.parametrize("method", ["dp", "dp_ag", "flow_policy", "ada_flow"])
+def test_three_noises_for_one_look_are_three_looks(settings, small, shapes, dataset, method):
+    policy, *_ = make(settings, small, shapes, dataset, method=method)
+    once = dataset.batch(4, config.generator("b"))
+    thrice = {k: {n: v.repeat_interleave(3, 0) for n, v in x.items()} if k == "obs" else x.repeat_interleave(3, 0) for k, x in once.items()}
+    expected = policy.loss(thrice, config.generator("n"))
+    policy.n_noise_samples = 3
+    found = policy.loss(once, config.generator("n"))
+    for k in expected: torch.testing.assert_close(found[k], expected[k])
+
+
 def test_acting_leaves_no_gradients_and_needs_no_grad_mode(settings, small, shapes, dataset):
     policy, *_ = make(settings, small, shapes, dataset)
     with torch.no_grad(): a = policy.act(observations(dataset), config.generator("a"))

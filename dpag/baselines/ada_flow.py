@@ -35,11 +35,11 @@ class AdaFlowPolicy(ChunkPolicy):
 
     def loss(self, batch: dict, generator: torch.Generator) -> dict:
         "The variance-weighted flow matching error at times drawn from U[0, 1]."
-        clean = self.normalised(batch)
+        clean = self.repeated(self.normalised(batch))
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         t = torch.rand(len(clean), generator=generator, device=clean.device)
         at = t[:, None, None]
-        v, log_sigma = self.predict(at * clean + (1 - at) * noise, t, self.encode(batch["obs"], generator)[0])
+        v, log_sigma = self.predict(at * clean + (1 - at) * noise, t, self.repeated(self.encode(batch["obs"], generator)[0]))
         error = (clean - noise - v).square().mean((1, 2))
         total = (error / (2 * (2 * log_sigma).exp()) + log_sigma).mean()
         return {"loss": total, "flow": error.mean().detach(), "sigma": log_sigma.exp().mean().detach()}

@@ -44,10 +44,10 @@ class FlowPolicy(ChunkPolicy):
 
     def loss(self, batch: dict, generator: torch.Generator) -> dict:
         "Consistency at times drawn from U[δ, 1]."
-        clean = self.normalised(batch)
+        clean = self.repeated(self.normalised(batch))
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         t = self.method.delta + (1 - self.method.delta) * torch.rand(len(clean), generator=generator, device=clean.device)
-        return self.consistency(clean, noise, t, self.encode(batch["obs"], generator)[0])
+        return self.consistency(clean, noise, t, self.repeated(self.encode(batch["obs"], generator)[0]))
 
     @torch.no_grad()
     def act(self, obs: dict, generator: torch.Generator) -> torch.Tensor:
