@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PUSHT_TASKS', 'ROBOMIMIC_TASKS', 'UR5_TASKS', 'TASK_TITLES', 'PAPER_PUSHT', 'PAPER_ROBOMIMIC',
-           'PAPER_KITCHEN', 'PAPER_UR5', 'PAPER', 'SPIRAL_MODELS', 'PAPER_SPIRALS', 'TABLES', 'PALETTE', 'processor',
-           'provenance', 'collect', 'task_rows', 'spirals_rows', 'readable_columns', 'readable_pusht',
+           'PAPER_KITCHEN', 'PAPER_UR5', 'PAPER', 'SPIRAL_MODELS', 'PAPER_SPIRALS', 'TABLES', 'BESIDE', 'PALETTE',
+           'processor', 'provenance', 'collect', 'task_rows', 'spirals_rows', 'readable_columns', 'readable_pusht',
            'readable_robomimic', 'readable_kitchen', 'readable_details', 'readable_spirals', 'readable_ur5', 'caption',
            'write_table', 'collect_spirals', 'collect_acting', 'collect_ablation', 'check_tables', 'peak_memory',
            'save_figure', 'plot_curve', 'plot_distribution', 'plot_spirals', 'plot_attention']
@@ -267,6 +267,7 @@ def tempfile_folder():
     with tempfile.TemporaryDirectory() as d: yield Path(d)
 
 # %% ../nbs/11_report.ipynb #482998ec
+BESIDE = dict(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=7)        # a legend that hides no curve
 PALETTE = {"dp": "#4c72b0", "dp_ag": "#dd8452", "base_flow": "#4c72b0", "vjp_flow": "#dd8452",
            "lstm_gmm": "#8c8c8c", "ibc": "#937860", "bet": "#da8bc3", "flow_policy": "#55a868", "ada_flow": "#8172b3"}
 
@@ -281,18 +282,19 @@ def save_figure(fig, path) -> Path:
     plt.close(fig)
     return Path(path)
 
+# %% ../nbs/11_report.ipynb #129b8db5
 def plot_curve(curve: pd.DataFrame):
     "Score with its 95 % interval against training steps, and whether the last point tells DP and DP-AG apart; `curve` has method, train_seed, seed, step, score."
     fig, ax = plt.subplots(figsize=(5, 3))
     for i, (m, block) in enumerate(sorted(curve.groupby("method"), key=lambda kv: list(METHODS).index(kv[0]))):
         points = np.array([[step, *bootstrap_mean(matrix(b, "score"))] for step, b in block.groupby("step")])
         x, mean, low, high = points.T
-        ax.errorbar(x * (1 + .01 * i), mean, [mean - low, high - mean], fmt="o-", capsize=3, color=PALETTE.get(m), label=METHODS[m])
+        ax.errorbar(x + .006 * curve.step.max() * (i - (curve.method.nunique() - 1) / 2), mean, [mean - low, high - mean], fmt="o-", capsize=3, color=PALETTE.get(m), label=METHODS[m])
     last = {m: matrix(b[b.step == b.step.max()], "score") for m, b in curve.groupby("method")}
     if {"dp", "dp_ag"} <= last.keys() and last["dp"].shape == last["dp_ag"].shape:
         d, low, high = paired_difference(last["dp_ag"], last["dp"])
         ax.set_title(f"at the end, {last['dp'].shape[1]} states: DP-AG − DP = {d:.3f} [{low:.3f}, {high:.3f}]" + (": not told apart" if low <= 0 <= high else ""), fontsize=8)
-    ax.set(xlabel="training step", ylabel="mean score", ylim=(0, 1)); ax.grid(alpha=.3); ax.legend(fontsize=7)
+    ax.set(xlabel="training step", ylabel="mean score", ylim=(0, 1)); ax.grid(alpha=.3); ax.legend(**BESIDE)
     return fig
 
 def plot_distribution(episodes: pd.DataFrame):
@@ -301,7 +303,7 @@ def plot_distribution(episodes: pd.DataFrame):
     fig, ax = plt.subplots(figsize=(5, 3))
     shown = [m for m in METHODS if m in set(episodes.method)]
     sns.ecdfplot(episodes.assign(method=episodes.method.map(METHODS)), x="score", hue="method", hue_order=[METHODS[m] for m in shown], palette={METHODS[m]: PALETTE[m] for m in shown}, ax=ax)
-    ax.set(xlabel="score of an episode", ylabel="share of episodes below", xlim=(0, 1.02)); ax.grid(alpha=.3)
+    ax.set(xlabel="score of an episode", ylabel="share of episodes below", xlim=(0, 1.02)); ax.grid(alpha=.3); sns.move_legend(ax, title=None, **BESIDE)
     return fig
 
 def plot_spirals(runs: pd.DataFrame):
