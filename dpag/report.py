@@ -289,7 +289,8 @@ def plot_curve(curve: pd.DataFrame):
     for i, (m, block) in enumerate(sorted(curve.groupby("method"), key=lambda kv: list(METHODS).index(kv[0]))):
         points = np.array([[step, *bootstrap_mean(matrix(b, "score"))] for step, b in block.groupby("step")])
         x, mean, low, high = points.T
-        ax.errorbar(x + .006 * curve.step.max() * (i - (curve.method.nunique() - 1) / 2), mean, [mean - low, high - mean], fmt="o-", capsize=3, color=PALETTE.get(m), label=METHODS[m])
+        aside = .006 * curve.step.max() * (i - (curve.method.nunique() - 1) / 2)          # intervals at the same step would hide each other
+        ax.errorbar(x + aside, mean, [mean - low, high - mean], fmt="o-", capsize=3, color=PALETTE.get(m), label=METHODS[m])
     last = {m: matrix(b[b.step == b.step.max()], "score") for m, b in curve.groupby("method")}
     if {"dp", "dp_ag"} <= last.keys() and last["dp"].shape == last["dp_ag"].shape:
         d, low, high = paired_difference(last["dp_ag"], last["dp"])
