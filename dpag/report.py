@@ -298,15 +298,29 @@ def plot_curve(curve: pd.DataFrame):
     ax.set(xlabel="training step", ylabel="mean score", ylim=(0, 1)); ax.grid(alpha=.3); ax.legend(**BESIDE)
     return fig
 
+# %% ../nbs/11_report.ipynb #ff8169a0
 def plot_distribution(episodes: pd.DataFrame):
-    "How many episodes score how much: a policy that half succeeds always differs from one that succeeds half the time."
+    "How many episodes score how much: a policy that half succeeds always differs from one that succeeds half the time. Where every episode scores 0 or 1, rates with their exact 95 % interval."
+    shown = [m for m in METHODS if m in set(episodes.method)]
+    if episodes.score.isin([0, 1]).all(): return _plot_rates({m: episodes.score[episodes.method == m] for m in shown})
     import seaborn as sns                                      # takes seconds, and most who come here draw nothing with it
     fig, ax = plt.subplots(figsize=(5, 3))
-    shown = [m for m in METHODS if m in set(episodes.method)]
     sns.ecdfplot(episodes.assign(method=episodes.method.map(METHODS)), x="score", hue="method", hue_order=[METHODS[m] for m in shown], palette={METHODS[m]: PALETTE[m] for m in shown}, ax=ax)
     ax.set(xlabel="score of an episode", ylabel="share of episodes below", xlim=(0, 1.02)); ax.grid(alpha=.3); sns.move_legend(ax, title=None, **BESIDE)
     return fig
 
+def _plot_rates(scores: dict[str, pd.Series]):
+    fig, ax = plt.subplots(figsize=(6, 1.1 + .35 * len(scores)), layout="constrained")
+    for y, (m, s) in enumerate(scores.items()):
+        low, high = clopper_pearson(int(s.sum()), len(s))
+        ax.barh(y, s.mean(), color=PALETTE.get(m), height=.6, zorder=2)
+        ax.errorbar(s.mean(), y, xerr=[[s.mean() - low], [high - s.mean()]], color="0.2", capsize=3, zorder=3)
+        ax.text(1.02, y, f"{s.sum():.0f} of {len(s)}", va="center", fontsize=8)
+    ax.set_yticks(range(len(scores)), [METHODS[m] for m in scores]); ax.invert_yaxis()
+    ax.set(xlabel="share of episodes that succeed", xlim=(0, 1)); ax.grid(alpha=.3, axis="x")
+    return fig
+
+# %% ../nbs/11_report.ipynb #0caf7875
 def plot_spirals(runs: pd.DataFrame):
     "Each seed's pair of MSEs, joined."
     fig, ax = plt.subplots(figsize=(3.4, 3))
