@@ -405,7 +405,7 @@ class Ablation(Strict):
     demos: list[Literal["scripted", "human"]]
 
 class Overrides(Strict):
-    "Which world a task lives in, and what it sets differently; each is merged over the section of that name. `methods` has more of it for single methods: `{method: {policy, train}}`."
+    "Which world a task lives in, and what it sets differently; each is merged over the section of that name. `methods` has more of it for single methods: `{method: {policy, train, and the method's own fields}}`."
     world: Literal["pusht", "robomimic", "kitchen", "ur5"]
     policy: dict = {}
     train: dict = {}
@@ -414,7 +414,7 @@ class Overrides(Strict):
     robomimic: dict = {}
     kitchen: dict = {}
     ur5: dict = {}
-    methods: dict[str, dict[Literal["policy", "train"], dict]] = {}
+    methods: dict[str, dict] = {}
 
 def derived(tree: dict) -> dict:
     "What DVC wants one by one, from a tree's `pipeline` and `ablation`: `cells` `{name: Cell}`, `datasets` `{name: {run, task, world, floor, section}}`, those of an arm whose policy drives in the lab's manual, `driven`, and the runs that have an ablation."
@@ -484,8 +484,13 @@ class Settings(Strict):
         "The settings of a task, and of a method on it. Raises ValueError where what these say is invalid."
         if task not in self.tasks: raise ValueError(f"task = {task!r}: allowed are {sorted(self.tasks)}")
         over, m = self.tasks[task], self.methods[method] if method else Method()
+        own = dict(over.methods.get(method, {}))
         layers = {"policy": [over.policy, m.policy], "train": [over.train, m.train], "evaluate": [over.evaluate], over.world: [getattr(over, over.world)]}
-        for name, more in over.methods.get(method, {}).items(): layers[name].append(more)
+        for name in ("policy", "train"): layers[name].append(own.pop(name, {}))
+        unknown = set(own) - set(type(m).model_fields)
+        if unknown: raise ValueError(f"tasks.{task}.methods.{method} has {sorted(unknown)}; allowed are {sorted(type(m).model_fields)}")
+        try: m = acting_as(m, own)
+        except ValidationError as e: raise ValueError(_first(e, f"tasks.{task}.methods.{method}", task)) from None
         sections = {}
         for name, changes in layers.items():
             try: sections[name] = type(getattr(self, name)).model_validate(functools.reduce(merge, changes, getattr(self, name).model_dump()))
@@ -496,7 +501,7 @@ class Settings(Strict):
             except ValidationError as e: raise ValueError(_first(e, f"evaluate.acting.{method}.{name}", task)) from None
         last, demo = sections["evaluate"].first_seed + sections["evaluate"].n_episodes, sections[over.world].demo_seed
         if last > demo: raise ValueError(f"evaluate.first_seed + n_episodes = {last} must be at most {over.world}.demo_seed = {demo}: a policy is not tested on states it was trained from")
-        return self.model_copy(update=sections)
+        return self.model_copy(update={**sections, **({"methods": {**self.methods, method: m}} if method else {})})
 
 # %% ../nbs/00_config.ipynb #22f2d96f
 class SettingsError(ValueError):

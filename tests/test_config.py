@@ -38,7 +38,8 @@ CASES = [
     ({"methods.dp_ag.guidance.vjp": "normalized"}, ["methods.dp_ag.guidance.vjp = 'normalized'", "'unit' or 'raw'"]),
     ({"pusht.demo_seed": 100}, ["pusht.demo_seed = 100", "not tested on states"]),
     ({"pipeline.pusht_kp.methods": {"dp": [0], "dpag": [0]}}, ["pipeline.pusht_kp.methods", "dpag", "'dp', 'dp_ag'"]),
-    ({"tasks.pusht_img.methods": {"bet": {"trian": {"lr": 1.0}}}}, ["tasks.pusht_img.methods.bet.trian", "'policy' or 'train'"]),
+    ({"tasks.pusht_img.methods": {"bet": {"trian": {"lr": 1.0}}}}, ["tasks.pusht_img.methods.bet has ['trian']", "'policy'", "'train'"]),
+    ({"tasks.can_ph.methods": {"lstm_gmm": {"min_std": -1.0}}}, ["tasks.can_ph.methods.lstm_gmm.min_std", "-1.0", "greater than 0"]),
     ({"evaluate.acting": {"ada_flow": {"coarse": {"eta": -1}}}}, ["evaluate.acting.ada_flow.coarse.eta", "-1", "greater than 0"]),
     ({"evaluate.acting": {"dp": {"fast": {"etta": 1}}}}, ["evaluate.acting.dp.fast.etta", "not permitted"]),
     ({"evaluate.acting": {"ada_flo": {}}}, ["evaluate.acting names the methods ['ada_flo']", "ada_flow"]),
@@ -95,6 +96,7 @@ def test_a_tasks_own_settings_are_merged_and_stay_its_own():
 
 def test_a_method_is_laid_over_the_task_and_the_tasks_word_on_it_over_both():
     s = config.validate(config.compose("laptop", "scripted"))
+    assert s.for_cell("can_ph", "lstm_gmm").methods["lstm_gmm"].min_std == 0.02 != s.for_cell("pusht_kp", "lstm_gmm").methods["lstm_gmm"].min_std == s.methods["lstm_gmm"].min_std
     bet, on_pictures = s.for_cell("pusht_kp", "bet"), s.for_cell("pusht_img", "bet")
     assert (bet.policy.horizon, bet.policy.n_obs_steps, bet.train.weight_decay) == (3, 3, 0.1) and s.for_cell("pusht_kp", "dp").policy.horizon == 16
     assert on_pictures.train.batch_size == 48 and on_pictures.policy.encoder.features == "raw" and on_pictures.policy.horizon == 3
