@@ -18,7 +18,7 @@ from ...config import Kitchen as KitchenSettings, KitchenExpert, Settings
 from ...data import Demonstrations
 from ...policy import Shapes
 from ..base import Task, collect_successes, fetch
-from .env import N_WANTED, Kitchen
+from .env import N_WANTED, REACH, Kitchen
 from .expert import run_chain
 
 # %% ../../../nbs/tasks/kitchen/tasks.ipynb #4e380681
@@ -46,7 +46,7 @@ def read_archive(path) -> Demonstrations:
     lengths = mask.sum(1).astype(int)
     obs, action = (np.concatenate([a[i, :n] for i, n in enumerate(lengths)]).astype(np.float32) for a in (obs, action))
     if not (np.isfinite(obs).all() and np.isfinite(action).all()): raise ValueError(f"{path}: damaged: values that are not finite")
-    return Demonstrations({"joints": obs[:, :9], "objects": obs[:, 9:30], "action": action}, np.cumsum(lengths), {"source": "human", "url": HUMAN_URL})
+    return Demonstrations({"joints": obs[:, :9], "objects": obs[:, 9:30], "action": obs[:, :9] + np.float32(REACH) * action}, np.cumsum(lengths), {"source": "human", "url": HUMAN_URL})
 
 # %% ../../../nbs/tasks/kitchen/tasks.ipynb #48afef78
 @functools.lru_cache(1)
@@ -67,5 +67,5 @@ def make_task(name: str, settings: Settings) -> Task:
     "`kitchen` of the registry."
     s = settings.kitchen
     def demonstrations(source: str) -> Demonstrations: return human_demonstrations() if source == "human" else scripted_demonstrations(s)
-    return Task(name=name, title="Kitchen", shapes=Shapes(obs={"joints": (9,), "objects": (21,)}, action_dim=9, action_ref=None),
+    return Task(name=name, title="Kitchen", shapes=Shapes(obs={"joints": (9,), "objects": (21,)}, action_dim=9, action_ref="joints"),
                 max_steps=s.max_steps, step_seconds=0.08, make_env=partial(Kitchen, size=192), make_demonstrations=demonstrations)
