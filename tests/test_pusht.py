@@ -1,6 +1,8 @@
 """Push-T: exact states, the human data, the expert."""
 import hashlib
 import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -86,6 +88,26 @@ def test_expert_succeeds_and_is_reproducible(settings):
     again = scripted_demonstrations(PushT, **kw, workers=1)
     np.testing.assert_array_equal(states, again[0]); np.testing.assert_array_equal(actions, again[1])
     assert meta["success_rate"] >= 0.8 and len(ends) == 8
+
+
+ATTEMPTS = """import sys
+from pathlib import Path
+from dpag import config
+from dpag.tasks.pusht.env import PushT
+from dpag.tasks.pusht.expert import scripted_demonstrations
+expert = type(config.load().pusht.expert).model_validate_json(sys.argv[1])
+scripted_demonstrations(PushT, n_demos=2, first_seed=7000, expert=expert, max_steps=300, workers=1, parts=Path(sys.argv[2]))"""
+
+def test_a_later_process_goes_on_from_the_attempts_of_an_earlier_one(settings, tmp_path):
+    expert = settings.pusht.expert
+    subprocess.run([sys.executable, "-c", ATTEMPTS, expert.model_dump_json(), str(tmp_path)], cwd=config.root(), check=True)
+    left = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.npz")}
+    kw = dict(n_demos=4, first_seed=7000, expert=expert, max_steps=300, workers=1)
+    states, actions, ends, meta = scripted_demonstrations(PushT, **kw, parts=tmp_path)
+    fresh = scripted_demonstrations(PushT, **kw)
+    np.testing.assert_array_equal(states, fresh[0]); np.testing.assert_array_equal(actions, fresh[1])
+    assert meta == fresh[3] and len(left) >= 2 and len(list(tmp_path.iterdir())) == 1        # one folder: the same kind of attempts
+    assert all(f.stat().st_mtime_ns == t for f, t in left.items())
 
 
 def test_expert_plans_differ_by_plan_seed(settings):

@@ -57,15 +57,15 @@ def attempt(expert: KitchenExpert, max_steps: int, seed: int) -> tuple[dict, boo
     arrays, finished = run_chain(_env(), expert, seed=seed, max_steps=max_steps)
     return {k: a.astype(np.float32) for k, a in arrays.items()}, len(finished) >= N_WANTED
 
-def scripted_demonstrations(settings: KitchenSettings, workers: int | None = None) -> Demonstrations:
-    "`settings.n_demos` successful chains."
-    kept, meta = collect_successes(partial(attempt, settings.expert, settings.max_steps), n_demos=settings.n_demos, first_seed=settings.demo_seed, workers=workers, name="kitchen chains")
+def scripted_demonstrations(settings: KitchenSettings, workers: int | None = None, parts: Path | None = None) -> Demonstrations:
+    "`settings.n_demos` successful chains; `parts` as in `collect_successes`."
+    kept, meta = collect_successes(partial(attempt, settings.expert, settings.max_steps), n_demos=settings.n_demos, first_seed=settings.demo_seed, workers=workers, name="kitchen chains", parts=parts)
     return Demonstrations({k: np.concatenate([e[k] for e in kept]) for k in kept[0]}, np.cumsum([len(e["action"]) for e in kept]), {**meta, "expert": settings.expert.model_dump()})
 
 # %% ../../../nbs/tasks/kitchen/tasks.ipynb #a06a02c3
 def make_task(name: str, settings: Settings) -> Task:
     "`kitchen` of the registry."
     s = settings.kitchen
-    def demonstrations(source: str) -> Demonstrations: return human_demonstrations() if source == "human" else scripted_demonstrations(s)
+    def demonstrations(source: str, parts: Path | None = None) -> Demonstrations: return human_demonstrations() if source == "human" else scripted_demonstrations(s, parts=parts)
     return Task(name=name, title="Kitchen", shapes=Shapes(obs={"joints": (9,), "objects": (21,)}, action_dim=9, action_ref="joints"),
                 max_steps=s.max_steps, step_seconds=0.08, make_env=partial(Kitchen, size=192), make_demonstrations=demonstrations)

@@ -107,11 +107,11 @@ def make_task(name: str, settings: Settings) -> Task:
     "`dynamic_pusht_kp` or `dynamic_pusht_img` of the registry."
     s, image = settings.pusht, name == "dynamic_pusht_img"
     make_env = partial(DynamicPushT, "image" if image else "keypoints", s.ball)
-    def demonstrations(source: str) -> Demonstrations:
+    def demonstrations(source: str, parts: Path | None = None) -> Demonstrations:
         if source == "human":
             if image: return authors_demonstrations()
             raise ValueError(f"{name} has no human demonstrations: the authors' file has pictures only; use dynamic_pusht_img, or DEMOS=scripted")
-        states, actions, ends, meta = scripted_demonstrations(partial(DynamicPushT, "keypoints", s.ball), n_demos=s.n_demos, first_seed=s.demo_seed, expert=s.expert, max_steps=s.max_steps)
+        states, actions, ends, meta = scripted_demonstrations(partial(DynamicPushT, "keypoints", s.ball), n_demos=s.n_demos, first_seed=s.demo_seed, expert=s.expert, max_steps=s.max_steps, parts=parts)
         if image: return as_demonstrations(states, actions, ends, meta, pictures=draw_states(make_env, states, ends))
         d = as_demonstrations(states, actions, ends, meta)
         return Demonstrations({**d.arrays, "ball": states[:, 5:].astype(np.float32)}, d.episode_ends, d.meta)

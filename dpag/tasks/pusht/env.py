@@ -162,9 +162,9 @@ def make_task(name: str, settings: Settings) -> Task:
     "`pusht_kp` or `pusht_img` of the registry."
     s, image = settings.pusht, name == "pusht_img"
     make_env = partial(PushT, "image" if image else "keypoints")
-    def demonstrations(source: str) -> Demonstrations:
+    def demonstrations(source: str, parts: Path | None = None) -> Demonstrations:
         if source == "human": return human_demonstrations(pictures=image)
-        states, actions, ends, meta = scripted_demonstrations(PushT, n_demos=s.n_demos, first_seed=s.demo_seed, expert=s.expert, max_steps=s.max_steps)
+        states, actions, ends, meta = scripted_demonstrations(PushT, n_demos=s.n_demos, first_seed=s.demo_seed, expert=s.expert, max_steps=s.max_steps, parts=parts)
         return as_demonstrations(states, actions, ends, meta, pictures=draw_states(make_env, states, ends) if image else None)
     seen = {"image": (96, 96, 3)} if image else {"keypoints": (16,)}
     return Task(name=name, title="Push-T img" if image else "Push-T kp", shapes=Shapes(obs={**seen, "agent_pos": (2,)}, action_dim=2, action_ref="agent_pos"),

@@ -10,6 +10,7 @@ __all__ = ['OUTLINE', 'COG', 'INERTIA', 'AGENT_RADIUS', 'GOAL', 'POINTS', 'NORMA
 # %% ../../../nbs/tasks/pusht/expert.ipynb #9f9df1cd
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from shapely.geometry import Polygon
@@ -227,8 +228,8 @@ def _attempt(make_env, expert, max_steps, seed):
     states, actions, success = run_expert(make_env(), seed=seed, plan_seed=0, expert=expert, max_steps=max_steps)
     return {"states": states, "actions": actions}, success
 
-def scripted_demonstrations(make_env, *, n_demos: int, first_seed: int, expert: Expert, max_steps: int, workers: int | None = None):
-    "States, actions, episode ends and provenance of the first `n_demos` successes from `first_seed` on."
-    kept, meta = collect_successes(partial(_attempt, make_env, expert, max_steps), n_demos=n_demos, first_seed=first_seed, workers=workers)
+def scripted_demonstrations(make_env, *, n_demos: int, first_seed: int, expert: Expert, max_steps: int, workers: int | None = None, parts: Path | None = None):
+    "States, actions, episode ends and provenance of the first `n_demos` successes from `first_seed` on; `parts` as in `collect_successes`."
+    kept, meta = collect_successes(partial(_attempt, make_env, expert, max_steps), n_demos=n_demos, first_seed=first_seed, workers=workers, parts=parts)
     states, actions = ([k[key] for k in kept] for key in ("states", "actions"))
     return np.concatenate(states), np.concatenate(actions), np.cumsum([len(s) for s in states]), {**meta, "expert": expert.model_dump()}

@@ -9,6 +9,7 @@ __all__ = ['HUMAN_URL', 'TITLES', 'human_demonstrations', 'attempt', 'scripted_d
 import functools
 import os
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -40,13 +41,13 @@ def attempt(scene: str, observation: str, operator: Operator, patience: int, see
     arrays, success = run_script(_env(scene, observation), SCRIPTS[scene], operator, seed=seed, max_steps=patience)
     return {k: a if k == "sim_state" or a.dtype == np.uint8 else a.astype(np.float32) for k, a in arrays.items()}, success
 
-def scripted_demonstrations(scene: str, settings: RobomimicSettings, workers: int | None = None) -> Demonstrations:
-    "`settings.n_demos` successful episodes by the crew, operator after operator."
+def scripted_demonstrations(scene: str, settings: RobomimicSettings, workers: int | None = None, parts: Path | None = None) -> Demonstrations:
+    "`settings.n_demos` successful episodes by the crew, operator after operator; `parts` as in `collect_successes`."
     episodes, operators, made = [], {}, {}
     for k, name in enumerate(settings.crew):
         share = settings.n_demos * (k + 1) // len(settings.crew) - settings.n_demos * k // len(settings.crew)
         kept, made[name] = collect_successes(partial(attempt, scene, settings.observation, settings.operators[name], settings.patience), n_demos=share, first_seed=settings.demo_seed + 10000 * k, workers=workers, least=0.1, name=f"{scene}, {name} operator",
-                                     start="spawn" if settings.observation == "image" else None)
+                                     start="spawn" if settings.observation == "image" else None, parts=parts)
         operators[name] = list(range(len(episodes), len(episodes) + share))
         episodes += kept
     ends = np.cumsum([len(e["action"]) for e in episodes])
@@ -60,9 +61,9 @@ def make_task(name: str, settings: Settings) -> Task:
     "`lift_ph` … `tool_hang_ph` of the registry."
     scene, who = name.rsplit("_", 1)
     s, kind = settings.robomimic, SCENES[scene]
-    def demonstrations(source: str) -> Demonstrations:
+    def demonstrations(source: str, parts: Path | None = None) -> Demonstrations:
         if source == "human" and s.observation == "image": raise ValueError(f"robomimic.observation of {name} = 'image': robomimic's public files have no pictures; allowed are object, or DEMOS=scripted")
-        return human_demonstrations(scene, who) if source == "human" else scripted_demonstrations(scene, s)
+        return human_demonstrations(scene, who) if source == "human" else scripted_demonstrations(scene, s, parts=parts)
     seen = {"object": (kind.object_dim,)} if s.observation == "object" else {c: (kind.side, kind.side, 3) for c in kind.cameras}
     return Task(name=name, title=f"{TITLES[scene]} {who}", shapes=Shapes(obs={**seen, "gripper_qpos": (2 * kind.n_arms,), "hold": (10 * kind.n_arms,)}, action_dim=10 * kind.n_arms, action_ref="hold"),
                 max_steps=s.max_steps, step_seconds=0.05, make_env=partial(Robomimic, scene, s.observation, size=192), make_demonstrations=demonstrations)

@@ -10,6 +10,7 @@ import functools
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -75,9 +76,9 @@ def attempt(name: str, settings: UR5, robot: Robot, seed: int) -> tuple[dict, bo
     arrays = scripted(Shaky(env.arm, settings.shake, rng), name, env.job, rng, speed=settings.speed, error=settings.error, period=robot.action_seconds)
     return {k: a if a.dtype == np.uint8 else a.astype(np.float32) for k, a in arrays.items()}, env.job.done()
 
-def scripted_demonstrations(name: str, settings: UR5, robot: Robot, workers: int | None = None) -> Demonstrations:
-    "`settings.n_demos` successful episodes."
-    kept, meta = collect_successes(partial(attempt, name, settings, robot), n_demos=settings.n_demos, first_seed=settings.demo_seed, workers=workers, name=name, start="spawn")
+def scripted_demonstrations(name: str, settings: UR5, robot: Robot, workers: int | None = None, parts: Path | None = None) -> Demonstrations:
+    "`settings.n_demos` successful episodes; `parts` as in `collect_successes`."
+    kept, meta = collect_successes(partial(attempt, name, settings, robot), n_demos=settings.n_demos, first_seed=settings.demo_seed, workers=workers, name=name, start="spawn", parts=parts)
     return Demonstrations({k: np.concatenate([e[k] for e in kept]) for k in kept[0]}, np.cumsum([len(e["action"]) for e in kept]), {**meta, **settings.model_dump(include={"speed", "error", "shake", "clearance"})})
 
 # %% ../../../nbs/tasks/ur5/tasks.ipynb #65fe42aa
@@ -85,6 +86,6 @@ def make_task(name: str, settings: Settings) -> Task:
     "The tasks of the registry whose names begin with `ur5`."
     s, robot = settings.ur5, settings.robot
     n = len(make_job(name, s).action(Job.start))
-    def demonstrations(source: str) -> Demonstrations: return scripted_demonstrations(name, s, robot)
+    def demonstrations(source: str, parts: Path | None = None) -> Demonstrations: return scripted_demonstrations(name, s, robot, parts=parts)
     return Task(name=name, title=TITLES[name], shapes=Shapes(obs={"tip": (n,), "scene": (s.size, s.size, 3), "wrist": (s.size, s.size, 3)}, action_dim=n, action_ref="tip"),
                 max_steps=s.max_steps, step_seconds=robot.action_seconds, make_env=partial(ArmEnv, partial(make_job, name, s), robot, size=s.size), make_demonstrations=demonstrations)
