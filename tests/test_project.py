@@ -66,6 +66,19 @@ def test_committed_rows_have_the_promised_columns():
         assert {"profile", "demos", "data_hash", "settings_hash", "commit", "device", "n_parameters", "step", "train_seconds"} <= set(run.index)
 
 
+@pytest.mark.parametrize("name", ["index", "13_results"])
+def test_the_tables_that_are_shown_follow_from_the_committed_ones(name):
+    "README and the results notebook keep their tables as outputs; each cell ends in one."
+    import json
+    namespace = {}
+    for c in json.loads((root() / f"nbs/{name}.ipynb").read_text())["cells"]:
+        if c["cell_type"] != "code": continue
+        *before, last = "".join(c["source"]).splitlines()
+        exec("\n".join(before), namespace)
+        (out,) = c["outputs"]
+        assert eval(last, namespace).data == "".join(out["data"]["text/markdown"]), f"a table has changed: run nbs/{name}.ipynb again"
+
+
 def test_pipeline_graph():
     graph = stage_graph()
     trains = [s for s in graph if s.startswith("train@")]
