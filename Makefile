@@ -8,45 +8,58 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export DVC_NO_ANALYTICS := 1
+export PYTHONUTF8 := 1
 # One thread per process, one process per core: nets this small lose by more.
 export OMP_NUM_THREADS := 1
 READY := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
+UV := $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help repro test lab docs params install clean
+.PHONY: help repro test lint lab docs install clean
 help:
-	@echo "make repro [PROFILE=smoke|laptop|workstation|paper] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name]   regenerate the tables"
-	@echo "make test      export check, notebooks, pytest"
+	@echo "make repro [PROFILE=smoke|laptop|workstation|paper] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name]"
+	@echo "               regenerate the tables, into results/runs"
+	@echo "make test      formatting, types, export check, notebooks, pytest"
+	@echo "make lint      formatting and types alone"
 	@echo "make lab       JupyterLab"
 	@echo "make docs      the site, into site/"
-	@echo "make params    reset params.yaml to the profile"
+	@echo "make install   the environment, and the plan that dvc repro reads"
 	@echo "make clean     remove the virtual environment and the site (results stay)"
 
 $(READY): constraints.txt pyproject.toml
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python -c constraints.txt -e '.[dev]' || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python -c constraints.txt --no-deps robomimic robosuite || $(BIN)/python -m pip install --quiet -c constraints.txt --no-deps robomimic robosuite
+	$(PIP) uv
+	$(UV) -e '.[sims,pipeline,docs,dev]' || $(PIP) -e '.[sims,pipeline,docs,dev]'
+	$(UV) --no-deps robomimic robosuite || $(PIP) --no-deps robomimic robosuite
+	@$(UV) ur_rtde 2>/dev/null || $(PIP) ur_rtde 2>/dev/null || echo "ur_rtde has no package for this machine: everything but a real arm works"
 	@rm -f $(VENV)/.ready-*; touch $@
-install: $(READY)
+
+results/runs/stages.json: $(READY)
+	@test -f $@ || $(BIN)/python -m dpag.plan --run $(PROFILE)-$(DEMOS)
+	@touch $@
+
+install: $(READY) results/runs/stages.json
+	@if [ -e .git ]; then git update-index --skip-worktree dvc.lock; fi
 
 repro: $(READY)
 	@$(BIN)/python -m dpag.pipeline --profile $(PROFILE) --demos $(DEMOS) --jobs $(JOBS) --only "$(ONLY)"
 
-test: $(READY)
+lint: $(READY)
+	ruff format --check --quiet .
+	ruff check --quiet .
+	mypy dpag
+
+test: install lint
 	@tools/check_export.sh
 	nbdev_test --n_workers $(JOBS) --timing
 	pytest
 
 lab: $(READY)
-	jupyter lab nbs
+	jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 docs: $(READY)
-	$(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python -c constraints.txt -e '.[docs]'
-	mkdocs build --quiet && echo "open site/index.html"
-
-params: $(READY)
-	@$(BIN)/python -m dpag.config --reset $(PROFILE) $(DEMOS)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet && echo "open site/index.html"
 
 clean:
 	rm -rf $(VENV) site

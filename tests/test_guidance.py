@@ -1,20 +1,24 @@
 """The method against its formulas, computed another way."""
+
 import math
 
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from dpag import config
-from dpag.diffusion import Diffusion
-from dpag.guidance import contrastive_loss, drift_bound, evolve_latent, kl_loss, latent_vjp
+from dpag.config import generator
+from dpag.diffusion import Diffusion, DiffusionConfig
+from dpag.guidance import Guidance, GuidanceConfig, contrastive_loss, drift_bound, kl_loss, latent_vjp
+from dpag.methods.dp_ag import DPAGConfig
 from dpag.policy import build_policy
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 2)])
 def test_vjp_is_the_explicit_jacobian_transposed_times_the_prediction(shape):
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, math.prod(shape))).double()
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, math.prod(shape))
+    ).double()
     z = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     f = lambda z: net(z).unflatten(1, shape)
     got = latent_vjp(f(z), z, scale="raw", detach=True)
@@ -40,20 +44,28 @@ def test_undetached_vjp_differentiates_both_its_factors():
 @pytest.mark.parametrize("inside", [True, False])
 def test_contrastive_loss_is_the_loop_from_the_formula(inside):
     g = torch.Generator().manual_seed(1)
-    a, b, tau = torch.randn(5, 4, 2, generator=g, dtype=torch.float64), torch.randn(5, 4, 2, generator=g, dtype=torch.float64), 0.7
+    a, b, tau = (
+        torch.randn(5, 4, 2, generator=g, dtype=torch.float64),
+        torch.randn(5, 4, 2, generator=g, dtype=torch.float64),
+        0.7,
+    )
     total = 0.0
     for i in range(5):
         sims = [torch.dot(a[i].flatten(), b[j].flatten()) / a[i].norm() / b[j].norm() for j in range(5)]
         denominator = sum(math.exp(sims[j] / tau) for j in range(5) if inside or j != i)
         total -= math.log(math.exp(sims[i] / tau) / denominator) / 5
-    assert contrastive_loss(a, b, temperature=tau, positive_in_denominator=inside).item() == pytest.approx(total, abs=1e-12)
+    assert contrastive_loss(a, b, temperature=tau, positive_in_denominator=inside).item() == pytest.approx(
+        total, abs=1e-12
+    )
 
 
 def test_contrastive_loss_does_not_depend_on_the_order_of_the_batch():
     a, b = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     p = torch.randperm(8, generator=torch.Generator().manual_seed(3))
     kw = dict(temperature=0.5, positive_in_denominator=False)
-    assert contrastive_loss(a[p], b[p], **kw).item() == pytest.approx(contrastive_loss(a, b, **kw).item(), abs=1e-12)
+    assert contrastive_loss(a[p], b[p], **kw).item() == pytest.approx(
+        contrastive_loss(a, b, **kw).item(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("prior", ["latent", "standard"])
@@ -65,30 +77,33 @@ def test_kl_is_torchs(prior):
 
 
 def test_drift_bound_is_the_theorems():
-    assert drift_bound(lipschitz=2.0, temperature=0.5, batch_size=11, alpha=-1.0) == pytest.approx(2 * 4 * (2 - 0.5 * math.log(10) - 0.5))
+    assert drift_bound(lipschitz=2.0, temperature=0.5, batch_size=11, alpha=-1.0) == pytest.approx(
+        2 * 4 * (2 - 0.5 * math.log(10) - 0.5)
+    )
 
 
-def _grads(settings, small, shapes, dataset, **changes):
-    method = config.DPAG(kind="dp_ag", guidance=settings.methods["dp_ag"].guidance.model_copy(update=changes))
+def _grads(small, shapes, dataset, **changes):
+    method = DPAGConfig(guidance=GuidanceConfig(**changes))
     torch.manual_seed(0)
     policy = build_policy(method, small, shapes, dataset)
-    policy.loss(dataset.batch(16, config.generator("b")), config.generator("n"))["loss"].backward()
+    policy.loss(dataset.batch(16, generator("b")), generator("n"))["loss"].backward()
     return policy.encoder.heads.mu.weight.grad, policy.encoder.heads.logvar.weight.grad
 
 
-def test_gradients_reach_the_encoder_through_sigma_and_through_the_evolved_branch(settings, small, shapes, dataset):
-    alone = dict(contrastive_weight=0.0, kl_weight=0.0, denoise_on="evolved")
-    mu, logvar = _grads(settings, small, shapes, dataset, **alone, vjp_detach=True)
-    assert mu.abs().sum() > 0 and logvar.abs().sum() > 0          # σ scales the step, so it is taught by the evolved prediction alone
-    mu2, _ = _grads(settings, small, shapes, dataset, **alone, vjp_detach=False)
-    assert not torch.allclose(mu, mu2)                            # and the VJP itself carries gradient when not detached
-    _, none = _grads(settings, small, shapes, dataset, **alone, vjp_detach=True, gamma=0.0)
-    assert none is None or none.abs().sum() == 0                  # γ = 0 cuts σ off
+def test_gradients_reach_the_encoder_through_sigma_and_through_the_evolved_branch(small, shapes, dataset):
+    alone = {"contrastive_weight": 0.0, "kl_weight": 0.0, "denoise_on": "evolved"}
+    mu, logvar = _grads(small, shapes, dataset, **alone, vjp_detach=True)
+    # σ scales the step, so it is taught by the evolved prediction alone.
+    assert mu.abs().sum() > 0 and logvar.abs().sum() > 0
+    mu2, _ = _grads(small, shapes, dataset, **alone, vjp_detach=False)
+    assert not torch.allclose(mu, mu2)  # and the VJP itself carries gradient when not detached
+    _, none = _grads(small, shapes, dataset, **alone, vjp_detach=True, gamma=0.0)
+    assert none is None or none.abs().sum() == 0  # γ = 0 cuts σ off
 
 
-def test_static_denoising_never_teaches_the_evolved_branch(settings, small, shapes, dataset):
-    one = _grads(settings, small, shapes, dataset, contrastive_weight=0.0, kl_weight=0.0, denoise_on="static", gamma=1.0)
-    two = _grads(settings, small, shapes, dataset, contrastive_weight=0.0, kl_weight=0.0, denoise_on="static", gamma=9.0)
+def test_static_denoising_never_teaches_the_evolved_branch(small, shapes, dataset):
+    alone = {"contrastive_weight": 0.0, "kl_weight": 0.0, "denoise_on": "static"}
+    one, two = (_grads(small, shapes, dataset, **alone, gamma=gamma) for gamma in (1.0, 9.0))
     assert torch.equal(one[0], two[0])
 
 
@@ -96,10 +111,10 @@ def test_static_denoising_never_teaches_the_evolved_branch(settings, small, shap
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_samplers_recover_a_known_gaussian(sampler, steps, prediction):
     m, s = -0.4, 0.25
-    d = Diffusion(n_train_steps=100, schedule="squaredcos_cap_v2", prediction=prediction, sampler=sampler, n_sample_steps=steps, clip=5.0, target_temperature=1.0)
+    d = Diffusion(DiffusionConfig(prediction=prediction, sampler=sampler, n_sample_steps=steps))
 
     def best(x, k):
-        a, b = d.levels(k)
+        a, b = d.scales(k)
         eps = b * (x - a * m) / (a**2 * s**2 + b**2)
         clean = (x - b * eps) / a
         return {"epsilon": eps, "sample": clean, "v_prediction": a * eps - b * clean}[prediction]
@@ -109,25 +124,82 @@ def test_samplers_recover_a_known_gaussian(sampler, steps, prediction):
 
 
 def test_low_temperature_target_scales_noise():
-    kw = dict(n_train_steps=10, schedule="linear", prediction="epsilon", sampler="ddpm", n_sample_steps=10, clip=1.0)
+    config = DiffusionConfig(
+        n_train_steps=10, prediction="epsilon", sampler="ddpm", n_sample_steps=10, target_temperature=0.4
+    )
     noise, k = torch.randn(2, 3, 1), torch.tensor([1, 2])
-    assert torch.equal(Diffusion(**kw, target_temperature=0.4).target(noise, noise, k), noise / 0.4)
+    assert torch.equal(Diffusion(config).target(noise, noise, k), noise / 0.4)
 
 
-def test_evolved_latent_formula():
-    mu, sigma, v = torch.randn(3, 2, 4)
-    assert torch.equal(evolve_latent(mu, sigma, v, gamma=2.5), mu + 2.5 * sigma * v)
+# The component.
 
 
-def test_only_shared_noise_leaves_the_samples_to_tell_themselves_apart(settings, small, shapes, dataset):
-    "Eight times one sample: with noise of its own each is recognised by it; with one noise for all nothing is left, and the loss is that of a guess among seven."
+@pytest.mark.parametrize("vjp", ["raw", "unit"])
+def test_the_evolved_latent_is_the_formula(vjp):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
+    z, mu, sigma = torch.randn(3, 2, 4)
+    guidance = Guidance(GuidanceConfig(gamma=2.5, vjp=vjp))
+    output, z_evolved = guidance.evolve(net, z, mu, sigma)
+    leaf = z.clone().requires_grad_()
+    expected = latent_vjp(net(leaf), leaf, scale=vjp, detach=True)
+    assert torch.equal(output, net(z)) and torch.equal(z_evolved, mu + 2.5 * sigma * expected)
+    assert torch.equal(guidance.pull(net(leaf), leaf, sigma), 2.5 * sigma * expected)
+
+
+def test_of_a_tuple_the_last_entry_counts_and_gradients_need_not_be_on():
+    torch.manual_seed(0)
+    net, z, one = torch.nn.Linear(4, 6), torch.randn(2, 4), torch.ones(2, 4)
+    guidance = Guidance(GuidanceConfig())
+    with torch.no_grad():
+        (first, last), z_evolved = guidance.evolve(lambda z: (z.sum(), net(z)), z, z, one, detach=True)
+    assert torch.equal(last, net(z)) and torch.equal(first, z.sum())
+    assert torch.equal(z_evolved, guidance.evolve(net, z, z, one, detach=True)[1])
+    assert not z.requires_grad  # the caller's latent stays as it was
+
+
+@pytest.mark.parametrize("setting", [True, False])
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_detach_is_the_settings_unless_asked_otherwise(setting, asked):
+    torch.manual_seed(0)
+    net, z, one = (
+        torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh()),
+        torch.randn(2, 4),
+        torch.ones(2, 4),
+    )
+    guidance = Guidance(GuidanceConfig(vjp_detach=setting))
+    _, z_evolved = guidance.evolve(net, z, z, one, detach=asked)
+    assert z_evolved.requires_grad == (not (setting if asked is None else asked))
+
+
+def test_the_losses_follow_the_settings():
+    torch.manual_seed(0)
+    a, mu, logvar, z = torch.randn(4, 5, 3)
+    b = torch.randn(5, 3, requires_grad=True)
+    for detach in (True, False):
+        config = GuidanceConfig(temperature=0.3, positive_in_denominator=True, contrastive_detach=detach)
+        loss = Guidance(config).contrast(a, b)
+        assert loss.item() == contrastive_loss(a, b, temperature=0.3, positive_in_denominator=True).item()
+        assert loss.requires_grad != detach
+    for prior in ("latent", "standard"):
+        found = Guidance(GuidanceConfig(kl_prior=prior)).kl(mu, logvar, z)
+        assert torch.equal(found, kl_loss(mu, logvar, z, prior=prior))
+
+
+def test_with_shared_noise_only_the_observations_tell_samples_apart(small, shapes, dataset):
+    """Eight times one sample: with noise of its own each is recognised by it; with one noise for all
+    nothing is left, and the loss is that of a guess among seven."""
     got = {}
     for noise in ("own", "shared"):
-        guidance = settings.methods["dp_ag"].guidance.model_copy(update=dict(contrastive_noise=noise, temperature=0.1))
+        method = DPAGConfig(guidance=GuidanceConfig(contrastive_noise=noise, temperature=0.1))
         torch.manual_seed(0)
-        policy = build_policy(config.DPAG(kind="dp_ag", guidance=guidance), small, shapes, dataset)
-        policy.encoder.heads.logvar.weight.data.zero_(); policy.encoder.heads.logvar.bias.data.fill_(-10)        # no noise of the latent either
-        one = dataset.batch(1, config.generator("b"))
-        batch = {"obs": {k: v.expand(8, *v.shape[1:]) for k, v in one["obs"].items()}, "action": one["action"].expand(8, -1, -1)}
-        got[noise] = policy.loss(batch, config.generator("n"))["contrastive"].item()
+        policy = build_policy(method, small, shapes, dataset)
+        policy.encoder.heads.logvar.weight.data.zero_()
+        policy.encoder.heads.logvar.bias.data.fill_(-10)  # no noise of the latent either
+        one = dataset.batch(1, generator("b"))
+        batch = {
+            "obs": {k: v.expand(8, *v.shape[1:]) for k, v in one["obs"].items()},
+            "action": one["action"].expand(8, -1, -1),
+        }
+        got[noise] = policy.loss(batch, generator("n"))["contrastive"].item()
     assert got["shared"] == pytest.approx(math.log(7), abs=0.02) and got["own"] < got["shared"] - 1

@@ -1,0 +1,300 @@
+"""What must run, what must not, and what a person is told."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from dpag import pipeline, plan
+from dpag.config import SettingsError
+from dpag.files import read_text, root, write_text
+from dpag.settings import load
+
+DVC = yaml.safe_load(read_text(root() / "dvc.yaml"))["stages"]
+
+
+COPIED = ("nbs", "conf", "params.yaml", "dvc.yaml", "dvc.lock", "settings.ini", ".dvc", ".dvcignore", "dpag")
+LEFT = shutil.ignore_patterns("tmp", "cache", "__pycache__", "config.local")
+
+
+@pytest.fixture
+def project(tmp_path):
+    "A copy of the files that the pipeline reads, with git and DVC."
+    folder = tmp_path / "a place with spaces, ü"
+    for name in (*COPIED, "results/spirals/tuning.csv"):
+        source, target = root() / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=LEFT)
+        else:
+            shutil.copy(source, target)
+    write_text(folder / "dvc.lock", "schema: '2.0'\nstages: {}\n")
+    write_text(folder / ".gitignore", read_text(root() / ".gitignore"))
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "--quiet", "-m", "x")
+    return folder
+
+
+def git(folder, *args):
+    return subprocess.run(
+        ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def python(folder, *args, **env):
+    env = {**os.environ, "PYTHONPATH": str(folder), "DVC_NO_ANALYTICS": "1", **env}
+    return subprocess.run(
+        [sys.executable, *args], cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+
+
+def test_pipeline_graph():
+    pipeline.write_plan("laptop-scripted")
+    graph = pipeline.stage_graph()
+    trains = [s for s in graph if s.startswith("train@")]
+    assert trains and all(any(d.startswith("data@") for d in graph[s]) for s in trains)
+    report = next(s for s in graph if s.startswith("report@"))
+    evaluations = {s for s in graph if s.startswith("evaluate@")}
+    assert evaluations <= graph[report] and any(s.startswith("spirals") for s in graph[report])
+    assert all("settings" in pipeline.needed_by({s}, graph) for s in graph)
+
+
+# What a stage depends on
+
+
+def test_each_stage_depends_on_the_code_that_it_imports_and_on_no_more():
+    cells = plan.make_plan(load("laptop-scripted"))["cells"]
+    bet, dp_ag = cells["laptop-scripted-pusht_kp-bet-s0"], cells["laptop-scripted-pusht_kp-dp_ag-s0"]
+    lift = cells["laptop-scripted-lift_ph-dp-s0"]
+    core = {"dpag.data", "dpag.encoder", "dpag.policy", "dpag.train"}
+    for cell in (bet, dp_ag, lift):
+        assert core <= cell["train"]["code"].keys()
+    assert "dpag.methods.bet" in bet["train"]["code"] and "dpag.guidance" not in bet["train"]["code"]
+    assert {"dpag.guidance", "dpag.noise_net"} <= dp_ag["train"]["code"].keys()
+    every = [code for c in cells.values() for code in (c["train"]["code"], c["evaluate"]["code"])]
+    unwanted = {"dpag.settings", "dpag.config", "dpag.plan", "dpag.paths", "dpag.pipeline"}
+    assert not any(unwanted & code.keys() for code in every)
+    assert not any(m.startswith("dpag.tasks") for m in bet["train"]["code"])
+    assert (
+        "dpag.tasks.pusht.env" in bet["evaluate"]["code"]
+        and "dpag.tasks.robomimic.env" in lift["evaluate"]["code"]
+    )
+    assert not any(m.startswith("dpag.tasks.robomimic") for m in bet["evaluate"]["code"])
+
+
+def test_the_plan_knows_every_import_of_what_a_stage_runs():
+    "An independent look: run the imports of a stage's modules and compare what was loaded."
+    for key, modules in (("bet", "dpag.methods.bet"), ("dp_ag", "dpag.methods.dp_ag")):
+        cell = plan.make_plan(load("laptop-scripted"))["cells"][f"laptop-scripted-pusht_kp-{key}-s0"]
+        program = (
+            f"import sys, dpag.train, {modules}; print(*[m for m in sys.modules if m.startswith('dpag')])"
+        )
+        out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        loaded = (
+            {m for m in out.stdout.split() if "." in m} - plan.SETTINGS_CODE - {"dpag.methods", "dpag.tasks"}
+        )
+        assert loaded <= cell["train"]["code"].keys()
+
+
+def test_dvc_reads_settings_and_code_from_the_plan_alone():
+    for name, stage in DVC.items():
+        stage = stage.get("do", stage)
+        deps = [d for d in stage["deps"] if d.startswith(("dpag", "conf", "params"))]
+        assert name == "settings" or deps == []
+        assert name == "settings" or list(stage["params"][0]) == ["results/runs/stages.json"]
+
+
+def test_a_changed_setting_changes_its_own_cells(tmp_path):
+    settings = load("laptop-scripted")
+    before = plan.make_plan(settings)["cells"]
+    methods = {**settings.methods, "bet": {"width": 144}}
+    after = plan.make_plan(settings.model_copy(update={"methods": methods}))["cells"]
+    assert {k for k in before if before[k]["train"] != after[k]["train"]} == {
+        "laptop-scripted-pusht_kp-bet-s0"
+    }
+    assert all(before[k]["evaluate"] == after[k]["evaluate"] for k in before)
+
+
+def test_columns_without_such_demonstrations_are_not_run():
+    tasks = {c.task for c in plan.wanted_cells(load("workstation-human"))}
+    assert tasks >= {"pusht_kp", "pusht_img", "can_mh", "kitchen"} and "dynamic_pusht_img" not in tasks
+
+
+# DVC by hand
+
+
+@pytest.mark.timeout(300)
+def test_dvc_repro_notices_an_edit_of_the_pipeline(project):
+    assert python(project, "-m", "dpag.plan", "--run", "laptop-scripted").returncode == 0
+    text = read_text(project / "params.yaml")
+    write_text(project / "params.yaml", text.replace("lift_ph: {dp: [0], dp_ag: [0]}", "lift_ph: {dp: [5]}"))
+    first = python(project, "-m", "dvc", "repro", "settings")
+    assert first.returncode and "ask for other stages than before" in first.stdout + first.stderr
+    assert python(project, "-m", "dvc", "repro", "settings").returncode == 0
+    assert (
+        "laptop-scripted-lift_ph-dp-s5"
+        in json.loads(read_text(project / "results/runs/stages.json"))["stages"]["cells"]
+    )
+
+
+@pytest.mark.timeout(300)
+def test_dvc_exp_run_changes_a_setting_and_leaves_params_valid(project):
+    "The spirals are the one stage that needs no demonstrations: small here, and changed by -S."
+    text = read_text(project / "params.yaml")
+    text = text.replace(
+        "train: {steps: 500}",
+        "train: {steps: 4, log_every: 2, checkpoint_every: 4}, n_spirals: 60, n_test: 20",
+    )
+    text = re.sub(r"(?m)^spirals:\n  seeds: .*\n  (.*)$", r"spirals: {seeds: [0, 1], \1}", text)
+    write_text(project / "params.yaml", text)
+    git(project, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "--quiet", "-am", "small")
+    assert python(project, "-m", "dpag.plan", "--run", "laptop-scripted").returncode == 0
+    out = python(project, "-m", "dvc", "exp", "run", "-S", "spirals.train.steps=6", "spirals@laptop-scripted")
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert load("laptop-scripted", project).spirals.train.steps == 6
+    runs = read_text(project / "results/runs/spirals/laptop/runs.csv").splitlines()
+    assert runs[0].split(",")[runs[0].split(",").index("steps")] == "steps" and ",6," in runs[1]
+
+
+# make repro
+
+
+def failing(tmp_path, text):
+    class Failing(pipeline.Running):
+        def _launch(self):
+            self.tries += 1
+            self.log.write_text(text, encoding="utf-8")
+            self.process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
+
+    return Failing("train@x", tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    "text,tries",
+    [
+        (
+            "RuntimeError: CUDA error\nconsider passing CUDA_LAUNCH_BLOCKING=1\n\nERROR: failed to run\n",
+            1,
+        ),
+        ("BlockingIOError: [Errno 11] resource busy: block, lock, clock\n", 1),
+        ("ValueError: the text said: ERROR: Unable to acquire lock. Most likely another DVC\n", 1),
+        ("ERROR: Unable to acquire lock. Most likely another DVC process is running or was terminated\n", 20),
+        ("ERROR: 'data/x.zarr' is busy, it is being blocked by:\n  (PID 7): dvc repro\n", 20),
+    ],
+)
+def test_only_dvcs_own_lock_is_tried_again(text, tries, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.time, "sleep", lambda s: None)
+    r = failing(tmp_path, text)
+    while r.poll() is None:
+        r.process.wait()
+    assert r.tries == tries
+
+
+def test_a_second_profile_in_the_same_folder_is_refused_before_anything_is_touched(project):
+    python(project, "-m", "dpag.plan", "--run", "laptop-scripted")
+    before = read_text(project / "results/runs/stages.json"), read_text(project / "params.yaml")
+    with pipeline.alone(project):
+        out = python(project, "-m", "dpag.pipeline", "--profile", "smoke")
+    assert out.returncode and pipeline.BUSY in out.stderr
+    assert before == (read_text(project / "results/runs/stages.json"), read_text(project / "params.yaml"))
+
+
+def test_dvc_at_work_keeps_its_plan(tmp_path, monkeypatch):
+    path = tmp_path / "stages.json"
+    write_text(path, "of the run that is at work")
+
+    def busy():
+        raise RuntimeError(pipeline.BUSY)
+
+    monkeypatch.setattr(pipeline, "plan_path", lambda: path)
+    monkeypatch.setattr(pipeline, "write_plan", lambda run: write_text(path, run))
+    monkeypatch.setattr(pipeline, "stage_graph", dict)
+    monkeypatch.setattr(pipeline, "changed_stages", busy)
+    with pytest.raises(RuntimeError, match="at work in this folder"):
+        pipeline.examine("smoke-scripted")
+    assert read_text(path) == "of the run that is at work"
+
+
+def test_a_part_that_does_not_exist_is_named(project):
+    out = python(project, "-m", "dpag.pipeline", "--only", "pushtt")
+    assert out.returncode and "ONLY = 'pushtt' matches no stage" in out.stderr and "train@" in out.stderr
+    out = python(project, "-m", "dpag.pipeline", "--profile", "huge")
+    assert out.returncode and "profile = 'huge': allowed are laptop" in out.stderr
+
+
+@pytest.mark.parametrize(
+    "env", [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"HOME": "/nonexistent"}], ids=["locale", "home"]
+)
+def test_it_works_without_git_in_any_locale_and_home(project, env):
+    "A download as a ZIP."
+    shutil.rmtree(project / ".git")
+    program = "from dpag import pipeline as p; p.settle_git(p.root()); p.write_plan('smoke-scripted'); "
+    program += "print(len(p.stage_graph()), len(p.changed_stages()))"
+    out = python(project, "-c", program, **env)
+    assert out.returncode == 0, out.stderr
+    n, changed = map(int, out.stdout.split())
+    assert n == changed > 10
+
+
+def test_no_films_are_asked_for_where_none_are_drawn():
+    assert load("laptop-scripted").evaluate.get("n_films") == 3
+    outs = [o if isinstance(o, str) else next(iter(o)) for o in DVC["evaluate"]["do"]["outs"]]
+    assert not any("strip" in o for o in outs)
+
+
+def test_git_does_not_see_what_a_run_leaves(project):
+    "dvc.lock is the machine's, results/runs and data are the run's."
+    pipeline.settle_git(project)
+    write_text(project / "dvc.lock", "schema: '2.0'\nstages: {}\n# mine\n")
+    for name in (
+        "results/runs/tables/pusht.md",
+        "data/smoke-scripted/pusht_kp.zarr/.zattrs",
+        "results/runs/x",
+    ):
+        write_text(project / name, "x")
+    assert git(project, "status", "--porcelain") == ""
+
+
+# Notebooks by hand
+
+
+@pytest.mark.parametrize(
+    "wrong,word",
+    [
+        (["sead", "7"], "sead = 7: there is no such parameter"),
+        (["seed", "seven"], "seed = 'seven': int is needed"),
+        (["seed", "True"], "seed = True: int is needed"),
+        (["method", "dp-ag"], "method = 'dp-ag': allowed are"),
+        (["task", "pusht-kp"], "task = 'pusht-kp': allowed are"),
+        (["run", "laptop"], "run = 'laptop': <profile>-<demonstrations> is needed"),
+    ],
+)
+def test_papermill_refuses_a_wrong_parameter_before_any_work(wrong, word, project):
+    book = project / "nbs/experiments/e02_train.ipynb"
+    out = python(
+        project, "-m", "papermill", str(book), str(project / "out.ipynb"), "-p", *wrong, "--cwd", str(project)
+    )
+    assert out.returncode and word in out.stdout + out.stderr, (out.stdout + out.stderr)[-2000:]
+    assert not (project / "results/runs/train").exists()
+
+
+def test_every_experiment_checks_its_parameters():
+    for path in sorted((root() / "nbs/experiments").glob("*.ipynb")):
+        cells = json.loads(read_text(path))["cells"]
+        at = next((i for i, c in enumerate(cells) if "parameters" in c["metadata"].get("tags", [])), None)
+        if at is None:
+            continue
+        names = re.findall(r"(?m)^(\w+) =", "".join(cells[at]["source"]))
+        asked = "".join(cells[at + 1]["source"])
+        assert "check_parameters(" in asked and all(f"{n}=" in asked for n in names), path.name
+
+
+def test_settings_errors_are_sentences():
+    with pytest.raises(SettingsError, match="allowed are"):
+        load("laptop-scripted").cell("pusht_kp", "dp-ag")
