@@ -19,7 +19,7 @@ demos: scripted
 pipeline: {point: {dp: [0], consistency: [0, 1]}}
 policy: {horizon: 8, n_action_steps: 4, net: {kind: mlp, width: 64, depth: 3, step_dim: 16}}
 train: {steps: 400, batch_size: 64, warmup_steps: 20, checkpoint_every: 400}
-evaluate: {n_episodes: 8, n_films: 1, latency_repeats: 1, curve: []}
+evaluate: {n_episodes: 8, n_films: 0, latency_repeats: 1, curve: []}
 spirals: {n_spirals: 60, n_test: 20, seeds: [0, 1], train: {steps: 4, log_every: 2, checkpoint_every: 4}}
 """
 
