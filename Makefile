@@ -15,7 +15,12 @@ READY := $(VENV)/.ready-$(shell cat constraints.txt pyproject.toml | cksum | cut
 UV := $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python -c constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help repro test lint lab docs install clean
+BENCH := .bench-venv
+BENCH_READY := $(BENCH)/.ready-$(shell cat constraints.txt tools/bench-requirements.txt | cksum | cut -d' ' -f1)
+BENCH_PIP := $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BENCH_UV := $(BENCH)/bin/uv pip install --quiet --system-certs --python $(BENCH)/bin/python
+
+.PHONY: help repro test lint lab docs install bench clean
 help:
 	@echo "make repro [PROFILE=smoke|laptop|workstation|paper] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name]"
 	@echo "               regenerate the tables, into results/runs"
@@ -24,7 +29,8 @@ help:
 	@echo "make lab       JupyterLab"
 	@echo "make docs      the site, into site/"
 	@echo "make install   the environment, and the plan that dvc repro reads"
-	@echo "make clean     remove the virtual environment and the site (results stay)"
+	@echo "make bench     time acting and training beside lerobot, into results/bench.md [BENCH_ARGS=...]"
+	@echo "make clean     remove the virtual environments and the site (results stay)"
 
 $(READY): constraints.txt pyproject.toml
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -61,5 +67,16 @@ lab: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet && echo "open site/index.html"
 
+# An environment of its own: lerobot wants another torch than the one that both are timed with.
+$(BENCH_READY): constraints.txt tools/bench-requirements.txt
+	@test -d $(BENCH) || $(PYTHON) -m venv $(BENCH)
+	$(BENCH_PIP) uv
+	$(BENCH_UV) -c constraints.txt -r tools/bench-requirements.txt || $(BENCH_PIP) -r tools/bench-requirements.txt
+	$(BENCH_UV) --no-deps lerobot==0.4.4 || $(BENCH_PIP) --no-deps lerobot==0.4.4
+	@rm -f $(BENCH)/.ready-*; touch $@
+
+bench: $(BENCH_READY)
+	$(BENCH)/bin/python tools/bench.py $(BENCH_ARGS)
+
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) $(BENCH) site

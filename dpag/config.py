@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Range', 'Section', 'Strict', 'describe', 'SettingsError', 'explain', 'merge', 'layered', 'changed', 'Registry',
-           'fingerprint', 'derive_seed', 'generator', 'seed_everything']
+           'fingerprint', 'derive_seed', 'generator', 'reseed', 'seed_everything']
 
 # %% ../nbs/00_config.ipynb #37908c3f
 import functools
@@ -155,7 +155,12 @@ def generator(*parts, device="cpu") -> "torch.Generator":
     "A torch generator seeded from `parts`."
     import torch  # here, because many processes need settings and only some need torch, which takes seconds
 
-    return torch.Generator(device).manual_seed(derive_seed(*parts))
+    return reseed(torch.Generator(device), *parts)
+
+
+def reseed(generator: "torch.Generator", *parts) -> "torch.Generator":
+    "The same generator, seeded anew: what it draws next is what `generator(*parts)` would."
+    return generator.manual_seed(derive_seed(*parts))
 
 
 def seed_everything(seed: int):

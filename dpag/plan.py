@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_CODE', 'EXPERIMENTS', 'source_of', 'code_of', 'imported', 'closure', 'code', 'wanted_cells', 'data_stage',
-           'cell_stage', 'study_stage', 'studies', 'make_plan', 'plan_path', 'stage_names', 'read_plan', 'write_plan',
-           'main']
+           'cell_stage', 'study_stage', 'studies', 'sampling_stages', 'make_plan', 'plan_path', 'stage_names',
+           'read_plan', 'write_plan', 'main']
 
 # %% ../nbs/12_plan.ipynb #7f0e3ea4
 import argparse
@@ -169,6 +169,19 @@ def studies(settings: Settings, cells: list[Cell]) -> dict[str, dict]:
     }
 
 
+def sampling_stages(settings: Settings, cells: list[Cell]) -> dict[str, dict]:
+    "The stages that measure how many denoising steps are needed, one for each task that is trained."
+    stages, run = {}, settings.run
+    for task in settings.sampling.tasks:
+        kinds = {settings.method(c.method).kind for c in cells if c.task == task and c.train_seed == 0}
+        if kinds:
+            modules = [TASKS[task].module, *sorted(METHODS[kind].module for kind in kinds)]
+            parts = {"task": task, "settings": settings.sampling.model_dump(mode="json")}
+            notebook = f"{EXPERIMENTS}/e05_sampling.ipynb"
+            stages[f"{run}-{task}"] = {"run": run, **parts, "code": code(notebook, *modules)}
+    return stages
+
+
 def make_plan(settings: Settings) -> dict:
     "The plan of a run: what `dvc.yaml` reads."
     cells, run = wanted_cells(settings), settings.run
@@ -181,6 +194,7 @@ def make_plan(settings: Settings) -> dict:
         "data": {f"{run}-{t}": data_stage(settings, t) for t in tasks},
         "cells": {f"{run}-{c.name}": cell_stage(settings, c) for c in cells},
         "lab": {f"{run}-{c.name}": stage for c, stage in lab.items()},
+        "sampling": sampling_stages(settings, cells),
         **studies(settings, cells),
     }
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'SCHEMA', 'Policy', 'PolicyConfig', 'MethodConfig', 'action_reference', 'encoder_input', 'EncodingPolicy',
            'ChunkPolicy', 'NoiseNetPolicy', 'MethodEntry', 'register_method', 'windows_to_fit', 'fit_action_scale',
-           'check_fit', 'build_policy', 'save_policy', 'read_meta', 'load_policy', 'Actor']
+           'check_fit', 'build_policy', 'save_policy', 'read_meta', 'load_weights', 'load_policy', 'Actor']
 
 # %% ../nbs/06_policy.ipynb #131d5426
 import json
@@ -14,7 +14,6 @@ import platform
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,16 +21,16 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field, PositiveInt, ValidationError, model_validator
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
 from . import __version__
 from .config import Registry, Section, SettingsError, Strict, changed, explain, generator, layered
 from .data import Shapes, Standardizer, WindowDataset, fit_standardizer
-from .diffusion import DiffusionConfig
+from .diffusion import Diffusion, DiffusionConfig
 from .encoder import FEATURES, EncoderConfig, ObservationEncoder, image_keys
 from .files import atomic_folder, read_text, write_text
-from .noise_net import MLPConfig, UNetConfig, build_noise_net
+from .noise_net import MLPConfig, MLPNoiseNet, UNetConfig, build_noise_net, cut_layers
 
 # %% ../nbs/06_policy.ipynb #e04ca166
 class Policy(nn.Module):
@@ -55,7 +54,7 @@ class Policy(nn.Module):
         "Called when an evaluation starts. By default it does nothing."
 
     def mean_steps(self) -> float:
-        "Network evaluations per chunk since `reset_counts`, of a method that chooses their number; else nan."
+        "Denoising or flow steps per chunk, since `reset_counts` if a method chooses them; else nan."
         return float("nan")
 
 # %% ../nbs/06_policy.ipynb #06313647
@@ -182,8 +181,16 @@ class EncodingPolicy(Policy):
         return mu, logvar
 
     def act_as(self, changes: dict):
-        "Change fields of `method` that matter when acting; returns self. Raises SettingsError."
+        """Change fields of `method` that matter when acting; returns self. `policy: {diffusion: …}` changes
+        how a method samples that denoises. Raises SettingsError."""
+        policy = changes.get("policy", {})
+        if policy and (set(policy) != {"diffusion"} or not hasattr(self, "diffusion")):
+            what = f"policy.{sorted(policy)[0]}" if hasattr(self, "diffusion") else "policy"
+            raise SettingsError(f"{self.method.kind} cannot change {what} when acting, only its own settings")
         self.method = changed(self.method, changes, where=self.method.kind)
+        if policy:
+            self.settings = changed(self.settings, policy, where="policy")
+            self.diffusion = Diffusion(self.settings.diffusion).to(next(self.parameters()).device)
         return self
 
 # %% ../nbs/06_policy.ipynb #a3134be7
@@ -344,7 +351,7 @@ def build_policy(
     return policy
 
 # %% ../nbs/06_policy.ipynb #4cd3f6eb
-SCHEMA = 2
+SCHEMA = 3
 
 
 def save_policy(path, policy: ChunkPolicy, info: dict | None = None):
@@ -358,7 +365,6 @@ def save_policy(path, policy: ChunkPolicy, info: dict | None = None):
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "diffusers": version("diffusers"),
             "dpag": __version__,
         },
     }
@@ -395,25 +401,42 @@ def _known(path, name: str, section: type[Section], stored: dict) -> Section:
         ) from None
 
 
+def load_weights(path: Path, policy: ChunkPolicy, schema: int):
+    "Load model.safetensors, as a checkpoint of that `schema` has it, into `policy`."
+    if schema > 2 or not isinstance(policy, NoiseNetPolicy):
+        load_model(policy, str(path))
+        return
+    weights = load_file(str(path))
+    own = {k.removeprefix("net."): weights.pop(k) for k in list(weights) if k.startswith("net.")}
+    assert isinstance(policy.net, MLPNoiseNet)  # an old U-Net is refused before
+    cut = cut_layers(own, policy.net)
+    policy.load_state_dict({**weights, **{f"net.{k}": v for k, v in cut.items()}})
+
+# %% ../nbs/06_policy.ipynb #6d10aa01
 def load_policy(path, device="cpu") -> tuple[ChunkPolicy, dict]:
     """The policy of a checkpoint folder, ready to act, and what checkpoint.json says.
 
-    Raises FileNotFoundError where there is none; ValueError for one that is damaged, or whose settings this
-    version does not know."""
+    Raises FileNotFoundError where there is none; ValueError for one that is damaged, or whose settings or net
+    this version does not know."""
     meta = read_meta(path)
     try:
         entry = METHODS[meta["method"].get("kind", "")]
     except SettingsError as e:
         raise ValueError(f"{path}: {e}") from None
-    stored = entry.config.migrate(meta["method"], meta.get("schema", 1))
-    method = _known(path, "method", entry.config, stored)
+    schema = meta.get("schema", 1)
+    method = _known(path, "method", entry.config, entry.config.migrate(meta["method"], schema))
     settings = _known(path, "policy", PolicyConfig, meta["policy"])
+    if schema < 3 and settings.net.kind == "unet" and issubclass(entry.policy, NoiseNetPolicy):
+        raise ValueError(
+            f"{path}: a U-Net of dpag 0.2 or older, which doubles the time before its last blocks and not "
+            "after them; today's is the published one: train again"
+        )
     try:
         policy = build_policy(method, settings, Shapes.read(meta["shapes"]))
-        load_model(policy, str(Path(path) / "model.safetensors"))
+        load_weights(Path(path) / "model.safetensors", policy, schema)
     except Exception as e:
         raise ValueError(f"{path}: damaged checkpoint: {type(e).__name__}: {str(e).splitlines()[0]}") from e
-    return policy.to(device).eval(), meta
+    return policy.to(device).eval().requires_grad_(False), meta
 
 # %% ../nbs/06_policy.ipynb #63d7c95c
 class Actor:

@@ -81,7 +81,7 @@ METRICS = {
         Metric("jerk_action", "jerk, action", "({length}/step³)²", ".2e"),
         Metric("act_ms_p50", "act p50", "ms", ".1f"),
         Metric("act_ms_p99", "act p99", "ms", ".1f"),
-        Metric("flow_steps", "steps of the flow", format=".1f"),
+        Metric("flow_steps", "denoising or flow steps", format=".1f"),
     )
 }
 

@@ -2,8 +2,10 @@
 
 import gymnasium as gym
 import numpy as np
+import pygame
 import pytest
 import zarr
+from gym_pusht.envs.pusht import PushTEnv
 from gymnasium.utils.env_checker import check_env
 
 from dpag.config import generator, layered
@@ -78,6 +80,16 @@ def test_the_ball_is_in_the_image():
     assert r > 200 and g < 150 and b < 150
     other, _ = env.reset(seed=2, options={"ball_seed": 5})
     assert not np.array_equal(other["image"], obs["image"])
+
+
+def test_the_picture_is_gym_pushts_to_the_bit():
+    env, rng = DynamicPushTEnv("image"), np.random.default_rng(0)
+    for seed in range(4):
+        env.reset(seed=seed)
+        for _ in range(40):
+            env.step(rng.uniform(0, 512, 2))
+            theirs = pygame.surfarray.array3d(PushTEnv._draw(env.simulator))
+            assert np.array_equal(pygame.surfarray.array3d(env.simulator._draw()), theirs)
 
 
 def test_set_state_puts_the_ball_back():

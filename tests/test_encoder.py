@@ -7,10 +7,12 @@ import torch
 from dpag.config import generator, layered
 from dpag.data import Shapes, Standardizer, WindowDataset
 from dpag.encoder import (
+    BACKBONES,
     EncoderConfig,
     ImageEncoder,
     ImageEncoderConfig,
     ObservationEncoder,
+    PeakedMaps,
     build_backbone,
     spatial_softmax,
 )
@@ -129,7 +131,7 @@ def test_a_crop_larger_than_the_image_is_refused():
         ImageEncoder(ImageEncoderConfig(n_keypoints=4, crop=100), (96, 96))
 
 
-@pytest.mark.parametrize("backbone", ["small", "resnet18"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_backbones_share_an_interface_and_have_no_batch_norm(backbone):
     net = build_backbone(backbone, 8)
     assert net(torch.zeros(2, 3, 84, 84)).shape[:2] == (2, 8)
@@ -137,6 +139,29 @@ def test_backbones_share_an_interface_and_have_no_batch_norm(backbone):
     net.eval()
     x = torch.rand(4, 3, 84, 84)
     assert torch.allclose(net(x)[:1], net(x[:1]), atol=1e-4)  # no sample depends on its neighbours
+
+
+def test_peaked_maps_against_a_loop():
+    maps = 0.01 * torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)) + 4
+    norm = PeakedMaps(3)
+    norm.weight.data = torch.tensor([1.0, 2.0, 3.0])
+    for b in range(2):
+        for k in range(3):
+            m = maps[b, k]
+            want = (k + 1) * (m - m.mean()) / (m.var(unbiased=False) + norm.eps).sqrt()
+            assert torch.allclose(norm(maps)[b, k], want, atol=1e-3)
+
+
+def test_a_new_strided_backbone_finds_what_moves_and_ignores_the_background():
+    torch.manual_seed(0)
+    net = build_backbone("strided", 16)
+    images = torch.ones(2, 3, 88, 88)
+    images[0, :, 16:32, 16:32] = -0.5  # a square, and the same one 40 px to the right and below
+    images[1, :, 56:72, 56:72] = -0.5
+    places = 88 * spatial_softmax(net(images))
+    assert (places[1] - places[0]).mean(0).min() > 10
+    other = torch.tensor([0.3, -0.2, 0.1]).view(1, 3, 1, 1)  # another light
+    assert torch.allclose(88 * spatial_softmax(net(images + other)), places, atol=0.01)
 
 
 def test_images_reach_the_encoder_as_bytes(settings, images):
@@ -158,7 +183,8 @@ def test_image_policies_learn_save_and_repeat(settings, images, method, tmp_path
     one, two, other = (policy.loss(batch, generator("n", i))["loss"] for i in (1, 1, 2))
     assert one.item() == two.item() != other.item()
     one.backward()
-    assert policy.encoder.cameras["image"].backbone[0].weight.grad.abs().sum() > 0
+    camera = policy.encoder.cameras["image"]
+    assert all(m.weight.grad.abs().sum() > 0 for m in camera.modules() if hasattr(m, "weight"))
     save_policy(tmp_path / "c", policy)
     again, _ = load_policy(tmp_path / "c")
     assert torch.equal(again.act(batch["obs"], generator("a")), policy.act(batch["obs"], generator("a")))

@@ -107,14 +107,14 @@ def test_static_denoising_never_teaches_the_evolved_branch(small, shapes, datase
     assert torch.equal(one[0], two[0])
 
 
-@pytest.mark.parametrize("sampler,steps", [("ddim", 50), ("ddpm", 100)])
+@pytest.mark.parametrize("sampler,steps", [("ddim", 50), ("ddpm", 100), ("dpm_solver", 20)])
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_samplers_recover_a_known_gaussian(sampler, steps, prediction):
     m, s = -0.4, 0.25
     d = Diffusion(DiffusionConfig(prediction=prediction, sampler=sampler, n_sample_steps=steps))
 
-    def best(x, k):
-        a, b = d.scales(k)
+    def best(x, i):
+        a, b = d.scales(torch.tensor([d.steps[i].level]))
         eps = b * (x - a * m) / (a**2 * s**2 + b**2)
         clean = (x - b * eps) / a
         return {"epsilon": eps, "sample": clean, "v_prediction": a * eps - b * clean}[prediction]

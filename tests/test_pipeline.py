@@ -1,16 +1,20 @@
 """What must run, what must not, and what a person is told."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
 
-from dpag import pipeline, plan
+from dpag import pipeline, plan, warm
 from dpag.config import SettingsError
 from dpag.files import read_text, root, write_text
 from dpag.settings import load
@@ -263,6 +267,158 @@ def test_git_does_not_see_what_a_run_leaves(project):
     ):
         write_text(project / name, "x")
     assert git(project, "status", "--porcelain") == ""
+
+
+# Starting warm
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="programs start warm on Linux alone")
+
+
+def started(*program, **options):
+    return subprocess.Popen([sys.executable, "-m", "dpag.warm", *program], **options)
+
+
+def eventually(condition, seconds=60.0):
+    end = time.time() + seconds
+    while not condition() and time.time() < end:
+        time.sleep(0.1)
+    return condition()
+
+
+def alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def sleeper(tmp_path, monkeypatch):
+    "A program that says its process's id, sleeps, and says how that ended."
+    write_text(
+        tmp_path / "sleeper.py",
+        "import os, sys, time\nprint(os.getpid(), flush=True)\n"
+        "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    sys.exit(7)\n",
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+
+
+def test_every_stage_starts_warm():
+    text = read_text(root() / "dvc.yaml")
+    book = re.search(r"(?m)^  - book: (.*)$", text)[1]
+    for name, stage in DVC.items():
+        command = stage.get("do", stage)["cmd"].replace("${book}/", f"{book} ").split(" && ")[-1]
+        assert command.startswith("python -m dpag.warm "), name
+    assert pipeline.DVC[1:] == ["-m", "dpag.warm", "dvc"]
+
+
+def test_the_caller_imports_nothing_that_takes_long():
+    program = "import sys, dpag.warm; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(out.stdout.split())
+    assert {m for m in loaded if m.startswith("dpag.")} == {"dpag.warm"}
+    assert not loaded & {"numpy", "torch", "pandas", "dvc", "papermill", "ipykernel", "pydantic", "yaml"}
+
+
+@linux
+def test_a_kernel_is_forked_with_its_imports_done():
+    from jupyter_client.manager import run_kernel
+
+    look = "import os, sys; print(*('+' if m in sys.modules else '-' for m in "
+    look += (
+        "('torch', 'pandas', 'dpag.train', 'dpag.report', 'mujoco', 'matplotlib_inline.backend_inline')), "
+    )
+    look += "len(os.listdir(f'/proc/{os.getppid()}/task')), sys.modules['torch'].cuda.is_initialized())"
+    said = []
+    with warm.warm(pipeline.environment()), run_kernel(startup_timeout=120) as client:
+        for code in (look, "import matplotlib.pyplot as plt; plt.plot([0, 1]);"):
+            client.execute_interactive(code, timeout=120, output_hook=said.append)
+    content = [m["content"] for m in said if m["msg_type"] in ("stream", "display_data")]
+    assert content[0].get("text", "").split() == ["+", "+", "+", "+", "-", "-", "1", "False"]
+    assert "image/png" in content[-1]["data"], "figures are drawn into the notebook"
+
+
+@linux
+@pytest.mark.parametrize("number,status", [(signal.SIGINT, 7), (signal.SIGKILL, -signal.SIGKILL)])
+def test_what_is_done_to_the_caller_is_done_to_the_program(number, status, sleeper):
+    with warm.warm(pipeline.environment()):
+        caller = started("sleeper", stdout=subprocess.PIPE, text=True)
+        pid = int(caller.stdout.readline())
+        assert pid != caller.pid and alive(pid)
+        caller.send_signal(number)
+        assert caller.wait(60) == status
+        assert eventually(lambda: not alive(pid))
+
+
+@linux
+def test_a_program_whose_callers_parent_is_killed_ends(sleeper):
+    with warm.warm(pipeline.environment()):
+        program = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'dpag.warm', 'sleeper'])"
+        parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        pid = int(parent.stdout.readline())
+        parent.kill()
+        assert eventually(lambda: not alive(pid))
+
+
+@linux
+def test_a_program_ends_as_it_would_without_a_server():
+    programs = [("calendar", "2024", "2"), ("calendar", "2024", "13"), ("no_such_program",)]
+
+    def run(program):
+        out = subprocess.run([sys.executable, "-m", "dpag.warm", *program], capture_output=True, text=True)
+        return out.returncode, out.stdout, out.stderr.strip().splitlines()[-1:]
+
+    cold = [run(p) for p in programs]
+    assert [status for status, *_ in cold] == [0, 1, 1]
+    with warm.warm(pipeline.environment()):
+        assert os.path.exists(os.environ[warm.SERVER])
+        assert [run(p) for p in programs] == cold
+    assert warm.SERVER not in os.environ
+
+
+@linux
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("whom", ["everyone", "make alone", "killed"])
+def test_an_interrupted_run_leaves_no_process(whom, project):
+    "Ctrl-C interrupts the whole group; a signal from elsewhere may reach the first process alone."
+    command = [
+        sys.executable,
+        "-m",
+        "dpag.pipeline",
+        "--profile",
+        "smoke",
+        "--only",
+        "data@smoke-scripted-pusht_kp",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(project)}
+    run = subprocess.Popen(
+        command,
+        cwd=project,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+    def left():
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if Path(os.readlink(folder / "cwd")) == project and alive(int(folder.name)):
+                    found.append(folder.name)
+        return found
+
+    log = project / ".dvc/tmp/logs/data@smoke-scripted-pusht_kp.log"
+    assert eventually(lambda: log.exists() and "Ending Cell" in read_text(log), 120), run.poll()
+    assert len(left()) > 4  # make repro, its server, DVC, papermill, and the kernel
+    if whom == "everyone":
+        os.killpg(run.pid, signal.SIGINT)
+    else:
+        run.send_signal(signal.SIGKILL if whom == "killed" else signal.SIGINT)
+    said = run.communicate(timeout=120)[1].decode()
+    assert run.returncode and (whom == "killed" or "make repro: interrupted" in said)
+    assert eventually(lambda: not left()), left()
 
 
 # Notebooks by hand

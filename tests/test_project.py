@@ -22,8 +22,8 @@ FLOORS = [
     *("libraries", "files", "config", "paths", "provenance", "data", "encoder", "noise_net", "diffusion"),
     *("guidance", "policy", *(f"methods.{m}" for m in METHODS), "train", *(f"robot.{r}" for r in ROBOT)),
     "tasks.base",
-    *(f"tasks.pusht.{m}" for m in ("task", "expert", "env", "dynamic")),
-    *(f"tasks.robomimic.{m}" for m in ("task", "env", "expert", "files")),
+    *(f"tasks.pusht.{m}" for m in ("task", "expert", "simulator", "env", "dynamic")),
+    *(f"tasks.robomimic.{m}" for m in ("task", "control", "env", "expert", "files")),
     *(f"tasks.kitchen.{m}" for m in ("task", "env", "expert")),
     *(f"tasks.ur5.{m}" for m in ("env", "painting", "candy", "peg", "demonstrations", "task")),
     *(
@@ -38,7 +38,7 @@ FLOORS = [
         "tables",
         "plots",
     ),
-    *("ablation", "report", "pipeline"),
+    *("ablation", "report", "warm", "pipeline"),
 ]
 
 

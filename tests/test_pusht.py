@@ -7,7 +7,9 @@ import sys
 import zipfile
 
 import numpy as np
+import pygame
 import pytest
+from gym_pusht.envs.pusht import PushTEnv
 
 from dpag.config import SettingsError
 from dpag.tasks.base import TASKS, fetch, get_task
@@ -30,6 +32,40 @@ def test_set_state_is_exact_and_at_rest():
         np.testing.assert_allclose(env.state, state, atol=1e-9)
         np.testing.assert_allclose(obs["keypoints"], keypoints_of(state[None])[0], atol=1e-9)
         assert tuple(env.simulator.block.velocity) == (0, 0)
+
+
+def test_physics_corners_and_pictures_are_gym_pushts_to_the_bit():
+    theirs, ours, rng = PushTEnv(obs_type="pixels"), PushTDictEnv("image"), np.random.default_rng(0)
+    for seed in range(6):
+        theirs.reset(seed=seed)
+        ours.reset(seed=seed)
+        for action in rng.uniform(-20, 532, (40, 2)):  # the finger crosses the walls
+            pixels, _, success, _, info = theirs.step(action)
+            obs, score, *_, said = ours.step(action)
+            state = [*theirs.agent.position, *theirs.block.position, theirs.block.angle]
+            assert np.array_equal(ours.state, state) and said["is_success"] == success
+            assert score == pytest.approx(min(info["coverage"] / 0.95, 1), abs=1e-12)
+            assert np.array_equal(
+                ours.simulator.keypoints(), theirs.get_keypoints(theirs._block_shapes).ravel()
+            )
+            assert np.array_equal(obs["image"], pixels)
+        whole = pygame.surfarray.array3d(theirs._draw())
+        assert np.array_equal(pygame.surfarray.array3d(ours.simulator._draw()), whole)
+
+
+def test_coverage_is_shapelys():
+    theirs, ours, rng = PushTEnv(), PushTDictEnv(), np.random.default_rng(0)
+    for env in (theirs, ours):
+        env.reset(seed=0)
+    covered = 0
+    for i in range(1000):
+        spread = ([3, 3, 0.05], [60, 60, 3], [250, 250, 9])[i % 3]
+        state = np.array([50, 50, *rng.normal([256, 256, np.pi / 4], spread)])
+        for simulator in (theirs, ours.simulator):
+            pusht.set_exact_state(simulator, state)
+        assert abs(ours.simulator._get_coverage() - theirs._get_coverage()) < 1e-12
+        covered += theirs._get_coverage() > 0
+    assert covered > 600
 
 
 @needs_human

@@ -12,7 +12,7 @@ import torch
 from dpag.data import Demonstrations, load_demonstrations, save_demonstrations
 from dpag.policy import Policy
 from dpag.rollouts import Protocol, rollout, stack_observations
-from dpag.tasks.pusht.env import PushTDictEnv, draw_image, draw_states, human_demonstrations
+from dpag.tasks.pusht.env import PushTDictEnv, draw_states, human_demonstrations
 
 needs_human = pytest.mark.skipif(
     not os.environ.get("DPAG_MIRROR"), reason="DPAG_MIRROR names no folder with pusht.zip"
@@ -53,7 +53,7 @@ def test_drawing_in_parallel_gives_the_environments_own_images():
     drawn = draw_states(partial(PushTDictEnv, "image"), states, np.array([5, 12]), workers=2)
     for state, image in zip(states, drawn):
         env.set_state(state)
-        assert np.array_equal(draw_image(env.simulator), image)
+        assert np.array_equal(env.simulator.image(), image)
 
 
 @needs_human

@@ -1,15 +1,18 @@
 """robomimic's scenes and the kitchen: settings, reproducible by seed, both forms of an action, files that are
 refused, machines without OpenGL."""
 
+import gc
 import hashlib
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from dpag.config import SettingsError, changed
 from dpag.data import Demonstrations
@@ -18,6 +21,7 @@ from dpag.rollouts import Protocol, rollout
 from dpag.tasks.base import TASKS, get_task
 from dpag.tasks.kitchen.env import REACH, KitchenEnv
 from dpag.tasks.kitchen.task import KitchenConfig
+from dpag.tasks.robomimic.control import advance
 from dpag.tasks.robomimic.env import SCENES, RobomimicEnv
 from dpag.tasks.robomimic.expert import SCRIPTS, run_script
 from dpag.tasks.robomimic.files import human_demonstrations, read_hdf5, write_hdf5
@@ -156,6 +160,45 @@ def test_one_seed_is_one_trajectory(make):
     first = state_hash(a, 3)
     assert state_hash(b, 3) == first
     assert state_hash(a, 4, 10) != state_hash(b, 3, 10)
+
+
+def robosuite_step(env, action, delta):
+    "robosuite's own step, which asks for every position twice."
+    for robot in env.sim_env.robots:
+        robot.controller.use_delta = delta
+    env.sim_env.step(action)
+
+
+@pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.parametrize("scene", ["lift", "can", "square", "transport"])
+def test_the_control_is_robosuites_to_the_bit(scene, delta):
+    ours, theirs, rng = RobomimicEnv(scene), RobomimicEnv(scene), np.random.default_rng(0)
+    for env in (ours, theirs):
+        env.reset(seed=3)
+    for i in range(200):
+        action = rng.uniform(-1, 1, (ours.n_arms, 7)) * rng.uniform(0, 1.2)
+        if not delta:  # a pose near the hand, kept for ten steps
+            poses = [ours.hand(arm) for arm in range(ours.n_arms)]
+            place = np.array([[*pos, *Rotation.from_matrix(R).as_rotvec(), 0] for pos, R in poses])
+            held = place + 0.2 * action if i % 10 == 0 else held
+            action = held
+        advance(ours.sim_env, ours.arms, action.ravel(), delta=delta)
+        robosuite_step(theirs, action.ravel(), delta)
+        for name in ("qpos", "qvel", "ctrl"):
+            assert np.array_equal(getattr(ours.data, name), getattr(theirs.data, name)), (i, name)
+    assert np.array_equal(ours.goal, theirs.goal)
+
+
+def test_a_reset_gives_the_models_memory_back():
+    env = RobomimicEnv("lift")
+    env.reset(seed=0)
+    old = [weakref.ref(env.model), weakref.ref(env.data)]
+    gc.disable()  # nothing may wait for the collection of garbage
+    try:
+        env.reset(seed=1)
+        assert [r() for r in old] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_kitchen_target_is_approached_as_fast_as_it_can_be():

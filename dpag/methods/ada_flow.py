@@ -87,7 +87,8 @@ class AdaFlowPolicy(NoiseNetPolicy):
         z: Float[Tensor, "batch latent"],
     ) -> tuple[Float[Tensor, "batch time action"], Float[Tensor, " batch"]]:
         "Velocity and log σ."
-        v, middle = self.net(x, self.time_scale * t, z, middle=True)
+        condition = self.net.step_part(self.time_scale * t) + self.net.latent_part(z)
+        v, middle = self.net.with_middle(x, condition)
         return v, self.head(middle)[:, 0].clamp(-6, 3)
 
     def loss(self, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:

@@ -66,15 +66,20 @@ class DiffusionPolicy(NoisePredictor):
         denoise = F.mse_loss(out, target)
         return {"loss": denoise, "denoise": denoise.detach()}
 
+    def mean_steps(self) -> float:
+        "Denoising steps per chunk."
+        return float(len(self.diffusion.steps))
+
     def predictor(self, obs: dict[str, Tensor], record: list | None = None) -> Callable:
-        """The function (noised, timestep) → output of the net that denoises under these observations. Each
+        """The function (noised, i) → output of the net at reverse step i, under these observations. Each
         step's latent `(B, Z)` is appended to `record`."""
         mu, _ = self.encode(obs)
+        steps, latent = self.net.step_part(self.diffusion.levels()), self.net.latent_part(mu)
 
-        def predict(noised, timestep):
+        def predict(noised, i):
             if record is not None:
                 record.append(mu)
-            return self.net(noised, timestep, mu)
+            return self.net.denoise(noised, steps[i] + latent)
 
         return predict
 

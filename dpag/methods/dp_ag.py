@@ -38,9 +38,10 @@ class DPAGConfig(MethodConfig):
 
 # %% ../../nbs/methods/dp_ag.ipynb #c4df8694
 class GuidedDenoiser:
-    """The function (noised, timestep) → output of the net that denoises one batch under an evolving latent.
+    """The function (noised, i) → output of the net at reverse step i, under a latent that evolves.
 
-    It counts its calls: make one for each run. Each step's latent `(B, Z)` is appended to `record`."""
+    It remembers the latent: make one for each run. Each step's latent `(B, Z)` is appended to `record`.
+    `n_outputs` and `n_vjps` count evaluations of the net and of its derivative."""
 
     def __init__(
         self,
@@ -50,27 +51,34 @@ class GuidedDenoiser:
         sigma: Float[Tensor, "batch latent"],
         record: list | None = None,
     ):
-        self.policy, self.guidance, self.record = policy, guidance, record
-        self.mu, self.sigma, self.z, self.step = mu, sigma, mu, 0
+        self.net, self.steps, self.guidance = policy.net, policy.diffusion.steps, guidance
+        self.of_steps = policy.net.step_part(policy.diffusion.levels())
+        self.mu, self.sigma, self.z, self.record = mu, sigma, mu, record
+        self.of_mu = self.of_latent = policy.net.latent_part(mu)
+        self.n_outputs, self.n_vjps = 0, 0
 
-    def evolve(self, noised: Tensor, timestep: Tensor, z: Tensor) -> Tensor:
-        "The net's output under `z`; what `z` evolves to is kept for later."
-        predict = partial(self.policy.epsilon, noised, timestep)
-        (out, _), self.z = self.guidance.evolve(predict, z, self.mu, self.sigma, detach=True)
-        return out.detach()
+    def evolve(self, noised: Tensor, i: int, z: Tensor, of_latent: Tensor) -> Tensor:
+        "The output under `z`; the latent becomes what `z` evolves to."
+        out, pull = self.net.vjp(noised, self.of_steps[i] + of_latent)
+        of_noised, of_out = self.steps[i].epsilon
+        eps = torch.add(out * of_out, noised, alpha=of_noised)
+        self.z = self.guidance.moved(self.net.latent_vjp(z, pull(eps * of_out)), self.mu, self.sigma)
+        self.of_latent = self.net.latent_part(self.z)
+        self.n_outputs, self.n_vjps = self.n_outputs + 1, self.n_vjps + 1
+        return out
 
     def __call__(
-        self, noised: Float[Tensor, "batch time action"], timestep: Int[Tensor, " batch"]
+        self, noised: Float[Tensor, "batch time action"], i: int
     ) -> Float[Tensor, "batch time action"]:
         config = self.guidance.config
-        if config.evolve == "every" and self.step % config.evolve_every == 0:
-            self.evolve(noised, timestep, self.mu)
-        self.step += 1
+        if config.evolve == "every" and i % config.evolve_every == 0:
+            self.evolve(noised, i, self.mu, self.of_mu)
         if self.record is not None:
-            self.record.append(self.z.detach())
-        if config.evolve == "lagged":
-            return self.evolve(noised, timestep, self.z)
-        return self.policy.net(noised, timestep, self.z)
+            self.record.append(self.z)
+        if config.evolve == "lagged" and i % config.evolve_every == 0 and i + 1 < len(self.steps):
+            return self.evolve(noised, i, self.z, self.of_latent)
+        self.n_outputs += 1
+        return self.net.denoise(noised, self.of_steps[i] + self.of_latent)
 
 # %% ../../nbs/methods/dp_ag.ipynb #cf8f1a89
 class Predictions(NamedTuple):
@@ -104,10 +112,30 @@ class GuidedDiffusion(DiffusionPolicy):
         (out, eps), z_evolved = self.guidance.evolve(predict, z, mu, sigma)
         return Predictions(out, eps, *self.epsilon(noised, timestep, z_evolved), z_evolved)
 
+    def second_predictions(
+        self,
+        noised: Float[Tensor, "batch time action"],
+        timestep: Int[Tensor, " batch"],
+        z: Float[Tensor, "batch latent"],
+        mu: Float[Tensor, "batch latent"],
+        sigma: Float[Tensor, "batch latent"],
+    ) -> Predictions:
+        "The same, where only what the evolved latent predicts is learned from."
+        static = z.detach()
+        with torch.no_grad():
+            condition = self.net.step_part(timestep) + self.net.latent_part(static)
+        out, pull = self.net.vjp(noised, condition)
+        leaf = out.requires_grad_()
+        eps = self.diffusion.to_epsilon(leaf, noised, timestep)
+        (v,) = torch.autograd.grad(eps, leaf, eps.detach())
+        z_evolved = self.guidance.moved(self.net.latent_vjp(static, pull(v)).detach(), mu, sigma)
+        evolved = self.epsilon(noised, timestep, z_evolved)
+        return Predictions(out.detach(), eps.detach(), *evolved, z_evolved)
+
     def shared_noise_predictions(
         self, batch: dict, generator: torch.Generator, z: Tensor, mu: Tensor, sigma: Tensor
     ) -> Predictions:
-        "The same when the whole batch has one noise and one step."
+        "`predictions` when the whole batch has one noise and one step."
         clean = self.repeated(self.normalised(batch))
         device, n_steps = clean.device, self.diffusion.n_train_steps
         noise = torch.randn(clean[:1].shape, generator=generator, device=device).expand_as(clean)
@@ -133,17 +161,27 @@ class ActionGuidedPolicy(GuidedDiffusion):
         mu, logvar = map(self.repeated, self.encode(batch["obs"], generator))
         sigma = (0.5 * logvar).exp()
         z = sample_latent(mu, logvar, torch.randn(mu.shape, generator=generator, device=mu.device))
-        both = self.predictions(noised, k, z, mu, sigma)
-        static, evolved = F.mse_loss(both.out, target), F.mse_loss(both.out_evolved, target)
-        denoise = {"static": static, "evolved": evolved, "both": (static + evolved) / 2}[config.denoise_on]
-        compared = both
-        if config.contrastive_noise == "shared":
-            compared = self.shared_noise_predictions(batch, generator, z, mu, sigma)
-        contrast = guidance.contrast(compared.eps, compared.eps_evolved)
+        n = len(z) // 2 if config.denoise_on == "split" else len(z)  # rows whose latent evolves
+        rows = (noised[:n], k[:n], z[:n], mu[:n], sigma[:n])
+        if config.denoise_on == "split":
+            both = self.second_predictions(*rows)
+            static = F.mse_loss(self.net(noised[n:], k[n:], z[n:]), target[n:])
+        else:
+            both = self.predictions(*rows)
+            static = F.mse_loss(both.out, target)
+        evolved = F.mse_loss(both.out_evolved, target[:n])
+        weight = {"static": 0.0, "evolved": 1.0}.get(config.denoise_on, 0.5)
         kl = guidance.kl(mu, logvar, z)
-        terms = {"denoise": static, "denoise_evolved": evolved, "contrastive": contrast, "kl": kl}
+        loss = (1 - weight) * static + weight * evolved + config.kl_weight * kl
+        terms = {"denoise": static, "denoise_evolved": evolved, "kl": kl}
+        if config.contrastive_weight:
+            compared = both
+            if config.contrastive_noise == "shared":
+                compared = self.shared_noise_predictions(batch, generator, z, mu, sigma)
+            terms["contrastive"] = guidance.contrast(compared.eps, compared.eps_evolved)
+            loss = loss + config.contrastive_weight * terms["contrastive"]
         return {
-            "loss": denoise + config.contrastive_weight * contrast + config.kl_weight * kl,
+            "loss": loss,
             **{name: term.detach() for name, term in terms.items()},
-            **guidance_diagnostics(both.eps, both.eps_evolved, mu, sigma, z, both.z_evolved),
+            **guidance_diagnostics(both.eps, both.eps_evolved, *rows[3:], rows[2], both.z_evolved),
         }

@@ -89,6 +89,10 @@ class FlowPolicy(NoiseNetPolicy):
         t = delta + (1 - delta) * torch.rand(len(clean), generator=generator, device=clean.device)
         return self.consistency(clean, noise, t, self.repeated(self.encode(batch["obs"], generator)[0]))
 
+    def mean_steps(self) -> float:
+        "Steps per chunk."
+        return float(self.method.n_steps)
+
     @torch.no_grad()
     def act(
         self, obs: dict[str, Tensor], generator: torch.Generator
@@ -97,6 +101,8 @@ class FlowPolicy(NoiseNetPolicy):
         z, n = self.encode(obs)[0], self.method.n_steps
         shape = (len(z), self.horizon, self.shapes.action_dim)
         x = torch.randn(shape, generator=generator, device=z.device)
-        for i in range(n):
-            x = x + self.velocity(x, torch.full((len(z),), i / n, device=z.device), z) / n
+        times = self.net.step_part(self.method.time_scale * torch.arange(n, device=z.device) / n)
+        latent = self.net.latent_part(z)
+        for time in times:
+            x = torch.add(x, self.net.denoise(x, time + latent), alpha=1 / n)
         return self.executed(x, obs)

@@ -32,11 +32,9 @@ class KitchenFilm:
     "Draws the kitchen with side `size` px. Raises RuntimeError where nothing can be drawn."
 
     def __init__(self, model, size: int):
-        self.renderer, self.camera = make_renderer(model, size), mujoco.MjvCamera()
+        self.renderer, self.camera = make_renderer(model, size, film=True), mujoco.MjvCamera()
         self.camera.distance, self.camera.azimuth, self.camera.elevation = 2.2, 70, -35
         self.camera.lookat[:] = (-0.2, 0.5, 2.0)
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self.renderer.scene.flags[flag] = 0
 
     def frame(self, data) -> np.ndarray:
         "The kitchen in the state `data`, `(size, size, 3)` uint8."

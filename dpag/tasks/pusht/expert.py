@@ -10,6 +10,7 @@ __all__ = ['OUTLINE', 'CENTRE_OF_GRAVITY', 'INERTIA', 'FINGER_RADIUS', 'GOAL', '
            'PushTExpert', 'run_expert', 'attempt', 'scripted_demonstrations']
 
 # %% ../../../nbs/tasks/pusht/expert.ipynb #76e056bf
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -41,8 +42,9 @@ def rotation(angle: float) -> np.ndarray:
 # %% ../../../nbs/tasks/pusht/expert.ipynb #eeee232c
 def distance_to_block(p: np.ndarray) -> np.ndarray:
     "Signed distance in px from points `(…, 2)` in the block's frame to the T (negative inside)."
-    d = np.abs(p[..., None, :] - _BOXES[:, :2]) - _BOXES[:, 2:]
-    return (np.linalg.norm(np.maximum(d, 0), axis=-1) + np.minimum(d.max(-1), 0)).min(-1)
+    x, y = (np.abs(p[..., i, None] - _BOXES[:, i]) - _BOXES[:, 2 + i] for i in (0, 1))  # (…, boxes)
+    u, v = np.maximum(x, 0), np.maximum(y, 0)
+    return (np.sqrt(u * u + v * v) + np.minimum(np.maximum(x, y), 0)).min(-1)
 
 # %% ../../../nbs/tasks/pusht/expert.ipynb #cf10228c
 def contact_points(spacing: float = 13.0) -> tuple[np.ndarray, np.ndarray]:
@@ -94,8 +96,8 @@ _GOAL_POSE = (*(GOAL[:2] + rotation(GOAL[2]) @ CENTRE_OF_GRAVITY), GOAL[2])
 def pose_distance(pose: Pose, other: Pose):
     "RMS distance in px between the corners of a T in one pose and in another; broadcasts."
     (x, y, angle), (x0, y0, angle0) = pose, other
-    dx = x - x0 + (np.cos(angle) - np.cos(angle0)) * _MEAN[0] - (np.sin(angle) - np.sin(angle0)) * _MEAN[1]
-    dy = y - y0 + (np.sin(angle) - np.sin(angle0)) * _MEAN[0] + (np.cos(angle) - np.cos(angle0)) * _MEAN[1]
+    c, s = np.cos(angle) - np.cos(angle0), np.sin(angle) - np.sin(angle0)
+    dx, dy = x - x0 + c * _MEAN[0] - s * _MEAN[1], y - y0 + s * _MEAN[0] + c * _MEAN[1]
     return np.sqrt(dx**2 + dy**2 + 2 * _SPREAD2 * (1 - np.cos(angle - angle0)))
 
 
@@ -173,13 +175,21 @@ def nearest_on_ring(p: np.ndarray) -> int:
     return int(((RING - p) ** 2).sum(1).argmin())
 
 
+@functools.cache
+def _shares(n: int) -> np.ndarray:
+    return np.linspace(0, 1, n)[1:]
+
+
 def is_free(a: np.ndarray, b: np.ndarray) -> bool:
     "Whether the finger can go straight from `a` to `b` `(2,)` in the block's frame."
     length = np.linalg.norm(b - a)
-    along = np.linspace(0, 1, max(2, int(length / 4)))[1:]
+    along = _shares(max(2, int(length / 4)))
     d = distance_to_block(a + along[:, None] * (b - a))
+    near = d < 17.5
+    if not near.any():
+        return True
     leaving = (along * length < 14) & (d >= min(float(distance_to_block(a)), 17) - 0.3)
-    return bool(((d >= 17.5) | leaving).all())
+    return bool(leaving[near].all())
 
 # %% ../../../nbs/tasks/pusht/expert.ipynb #9ab1737b
 def choose_direction(rng: np.random.Generator, state: np.ndarray, start: int, forward: int) -> int:
