@@ -62,6 +62,32 @@ def test_evolution_costs_what_it_says(small, shapes, dataset, net, evolve, outpu
     assert (denoiser.n_outputs, denoiser.n_vjps) == (outputs * n, vjps * n - unused)
 
 
+def test_a_policy_samples_in_another_way_with_the_same_weights(small, shapes, dataset):
+    policy, obs = make(small, shapes, dataset), observations(dataset)
+    eight = policy.act(obs, generator("a"))
+    policy.act_as({"policy": {"diffusion": {"n_sample_steps": 2, "sampler": "dpm_solver"}}})
+    assert policy.mean_steps() == 2 and policy.settings.diffusion.sampler == "dpm_solver"
+    assert not torch.equal(policy.act(obs, generator("a")), eight)
+    policy.act_as({"policy": {"diffusion": {"n_sample_steps": 8, "sampler": "ddim"}}})
+    assert torch.equal(policy.act(obs, generator("a")), eight)
+    with pytest.raises(SettingsError, match="cannot change policy.horizon when acting"):
+        policy.act_as({"policy": {"horizon": 8}})
+    with pytest.raises(SettingsError, match="n_sample_steps = 200 must be at most"):
+        policy.act_as({"policy": {"diffusion": {"n_sample_steps": 200}}})
+    with pytest.raises(SettingsError, match="cannot change policy when acting"):
+        make(small, shapes, dataset, method="flow_policy").act_as(
+            {"policy": {"diffusion": {"n_sample_steps": 2}}}
+        )
+
+
+def test_lagged_evolution_at_every_fourth_step_costs_two_derivatives(small, shapes, dataset):
+    policy = make(small, shapes, dataset, evolve="lagged", evolve_every=4)
+    with torch.no_grad():
+        denoiser = policy.predictor(observations(dataset))
+        policy.diffusion.sample(denoiser, (6, 16, 2), generator("a"))
+    assert (denoiser.n_outputs, denoiser.n_vjps) == (8, 2)
+
+
 def test_evolving_at_every_fourth_step_reuses_the_latent(small, shapes, dataset):
     policy, latents = make(small, shapes, dataset, evolve_every=4), []
     policy.act(observations(dataset), generator("a"), latents)

@@ -53,6 +53,11 @@ CASES = [
     ({"policy.horizon": 18, "policy.net": UNET}, ["horizon = 18", "divisible by 4"]),
     ({"policy.net": {**UNET, "channels": [12]}}, ["[12]", "divisible by net.n_groups = 8"]),
     ({"policy.net.kind": "transformer"}, ["net", "'mlp'"]),
+    (
+        {"sampling.tasks": {"pusht_kp": 20000}},
+        ["sampling.first_seed", "70000", "evaluate.first_seed = 60000"],
+    ),
+    ({"sampling.tasks": {"pusht": 20}}, ["task = 'pusht'", "allowed are"]),
     ({"policy.diffusion.n_sample_steps": 101}, ["n_sample_steps = 101", "at most n_train_steps = 100"]),
     ({"policy.diffusion.target_temperature": 0.4}, ["target_temperature = 0.4", "epsilon"]),
     (

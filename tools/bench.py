@@ -158,6 +158,9 @@ def methods_of(case, first: bool) -> list[tuple[str, str, dict]]:
         ]
     every = {"guidance": {"evolve": "every", "evolve_every": 1}}
     found = [("DP", "dp", {}), ("DP-AG, every step", "dp_ag", every), ("DP-AG, lagged", "dp_ag", LAGGED)]
+    if case.part == "act" and case.steps > 8:
+        rarely = {"guidance": {"evolve": "lagged", "evolve_every": 8}}
+        found.append(("DP-AG, lagged, each 8th step", "dp_ag", rarely))
     if case.part == "laptop":
         found.append(("DP-AG, static", "dp_ag", {"guidance": {"evolve": "never"}}))
     if first:

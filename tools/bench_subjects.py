@@ -131,7 +131,8 @@ def passes(kind: str, method, case: Case, steps: int) -> float:
         return 4.0 if method.guidance.denoise_on == "split" else 7.0
     if kind == "dp_ag":
         guidance = method.guidance
-        return steps * {"every": 1 + 2 / guidance.evolve_every, "lagged": 2.0, "never": 1.0}[guidance.evolve]
+        more = {"every": 2 / guidance.evolve_every, "lagged": 1 / guidance.evolve_every, "never": 0.0}
+        return steps * (1 + more[guidance.evolve])
     return {"dp": float(steps), "flow_policy": float(getattr(method, "n_steps", 1))}.get(kind, float("nan"))
 
 
