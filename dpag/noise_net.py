@@ -365,10 +365,16 @@ class UNetNoiseNet(UNetLayers):
     def vjp(
         self, action: Float[Tensor, "batch time action"], condition: Float[Tensor, "batch channels"]
     ) -> tuple[Float[Tensor, "batch time action"], Callable[[Tensor], Tensor]]:
-        leaf = condition.detach().requires_grad_()
-        with torch.enable_grad():
-            out = self.denoise(action.detach(), leaf)
-        return out.detach(), lambda v: torch.autograd.grad(out, leaf, v)[0]
+        # When acting, gradients are off and tensors are inference tensors: copies are ordinary ones.
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = condition.detach().clone().requires_grad_()
+            out = self.denoise(action.detach().clone(), leaf)
+
+        def pull(v):
+            with torch.inference_mode(False):
+                return torch.autograd.grad(out, leaf, v.clone())[0]
+
+        return out.detach(), pull
 
 # %% ../nbs/03_noise_net.ipynb #ed7a8a8b
 def build_noise_net(

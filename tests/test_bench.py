@@ -38,7 +38,15 @@ def quick(tmp_path_factory):
 
 def test_the_smallest_benchmark_runs_with_another_checkout_beside_it(quick):
     whats = check(quick)
-    assert {"DP", "DP-AG", "DP-AG, every step", "DP-AG, lagged", "FlowPolicy", "AdaFlow"} <= whats
+    assert {
+        "DP",
+        "DP, bfloat16",
+        "DP-AG, split",
+        "DP-AG, every step",
+        "DP-AG, lagged",
+        "FlowPolicy",
+        "AdaFlow",
+    } <= whats
     assert any(w.startswith("DP as set at ") for w in whats)
 
 

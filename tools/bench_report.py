@@ -89,19 +89,20 @@ FLOPS = ("MFLOP a pass", lambda r: f"{r['mflop']:.1f}")
 def summary(rows: list[dict]) -> list[str]:
     "The ratios that are asked for: of CPU times, or of samples a second."
     lines = [
-        "| case | DP to lerobot | DP-AG, its cheapest setting, to DP | the same, to DP of another checkout |",
+        "| case | DP, fastest, to lerobot | DP-AG, cheapest, to DP | the same, to DP of another checkout |",
         "|---|---:|---:|---:|",
     ]
     for key in dict.fromkeys((r["part"], r["net"], r["batch"], r["column"]) for r in rows):
         here = [r for r in rows if (r["part"], r["net"], r["batch"], r["column"]) == key]
-        dp = next(r for r in here if r["what"] == "DP")
-        guided = [r for r in here if r["what"].startswith("DP-AG") and " at " not in r["what"]]
+        fast = min((r for r in here if r["what"] in ("DP", "DP, bfloat16")), key=lambda r: r["to_dp"])
+        alike = [r for r in here if " at " not in r["what"] and "bfloat16" not in r["what"]]
+        guided = [r for r in alike if r["what"].startswith("DP-AG")]
         best = min((r for r in guided if "static" not in r["what"]), key=lambda r: r["to_dp"])
         old = [
             r["to_dp"] for start in ("DP as set at ", "DP at ") for r in here if r["what"].startswith(start)
         ]
         up = (lambda x: 1 / x) if key[0] == "train" else (lambda x: x)
-        ratios = [up(dp["to_lerobot"]), best["to_dp"], best["to_dp"] / old[0] if old else math.nan]
+        ratios = [up(fast["to_lerobot"]), best["to_dp"], best["to_dp"] / old[0] if old else math.nan]
         name = f"{key[0]}, {key[1]}, batch {key[2]}" + ("" if key[0] == "train" else f", {key[3]}")
         lines.append(f"| {name} | " + " | ".join("" if x != x else f"{x:.2f}" for x in ratios) + " |")
     return lines

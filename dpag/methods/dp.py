@@ -83,11 +83,13 @@ class DiffusionPolicy(NoisePredictor):
 
         return predict
 
-    @torch.no_grad()
     def act(
         self, obs: dict[str, Tensor], generator: torch.Generator, record: list | None = None
     ) -> Float[Tensor, "batch executed action"]:
         """Actions for observations `(B, n_obs_steps, …)`, in the environment's units. `record` is given each
         denoising step's latent."""
         shape = (len(next(iter(obs.values()))), self.horizon, self.shapes.action_dim)
-        return self.executed(self.diffusion.sample(self.predictor(obs, record), shape, generator), obs)
+        with torch.inference_mode():
+            chunk = self.diffusion.sample(self.predictor(obs, record), shape, generator)
+            actions = self.executed(chunk, obs)
+        return actions.clone()  # an ordinary tensor, which may be changed in place
