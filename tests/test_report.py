@@ -315,7 +315,7 @@ def test_other_ways_of_acting_are_rows_of_their_own(results):
     details = Layout(PUSHT, PUSHT.views[1], long).frame().set_index("method")
     assert "ab_dp" not in set(long.method) and "AdaFlow, coarse" not in first(PUSHT, results).index
     assert details.loc["AdaFlow, coarse", "score"].startswith("0.600")
-    assert details.loc["AdaFlow, coarse", "steps of the flow"] == "3.0"
+    assert details.loc["AdaFlow, coarse", "denoising or flow steps"] == "3.0"
     assert details.loc["AdaFlow", "score − DP, paired"].startswith("0.200")
 
 
