@@ -41,8 +41,6 @@ class EncoderConfig(Strict):
     "Widths of the hidden layers."
     latent_dim: PositiveInt = 64
     "Dimensions of the latent, besides two for each keypoint of each image."
-    activation: Literal["mish", "silu"] = "mish"
-    "Of the hidden layers. SiLU looks much the same as Mish, and costs a fifth on a CPU."
     camera: ImageEncoderConfig = ImageEncoderConfig()
     "The image encoder; without images it is not used."
 
@@ -90,12 +88,10 @@ class LatentHeads(nn.Module):
     """Keypoints' coordinates `(B, P)` (P may be 0) and features `(B, F)` to `mu`, `logvar`, `(B, P +
     latent_dim)`."""
 
-    def __init__(
-        self, *, n_coordinates: int, in_dim: int, hidden: list[int], latent_dim: int, activation: str = "mish"
-    ):
+    def __init__(self, *, n_coordinates: int, in_dim: int, hidden: list[int], latent_dim: int):
         super().__init__()
-        dims, act = [n_coordinates + in_dim, *hidden], {"mish": nn.Mish, "silu": nn.SiLU}[activation]
-        self.trunk = nn.Sequential(*[m for a, b in zip(dims, dims[1:]) for m in (nn.Linear(a, b), act())])
+        dims = [n_coordinates + in_dim, *hidden]
+        self.trunk = nn.Sequential(*[m for a, b in zip(dims, dims[1:]) for m in (nn.Linear(a, b), nn.Mish())])
         self.mu = nn.Linear(dims[-1], latent_dim)
         self.logvar = nn.Linear(dims[-1], n_coordinates + latent_dim)
 
@@ -267,7 +263,6 @@ class ObservationEncoder(nn.Module):
             in_dim=len(scale.mean),
             hidden=config.hidden,
             latent_dim=config.latent_dim,
-            activation=config.activation,
         )
         self.latent_dim = self.n_coordinates + config.latent_dim
 
