@@ -266,5 +266,12 @@ def on_files(files, config):
 
 
 def candidates():
-    for pattern in ("nbs/**/*.ipynb", "dpag/**/*.py", "results/tables/*.md", "results/*.md", "*.md", "data/README.md"):
+    for pattern in (
+        "nbs/**/*.ipynb",
+        "dpag/**/*.py",
+        "results/tables/*.md",
+        "results/*.md",
+        "*.md",
+        "data/README.md",
+    ):
         yield from (p for p in ROOT.glob(pattern) if ".ipynb_checkpoints" not in p.parts)
