@@ -1,4 +1,6 @@
 import os
+from collections import Counter
+from contextlib import contextmanager
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
@@ -95,3 +97,41 @@ def patient():
         return type(robot).model_validate({**robot.model_dump(), "watchdog": 0.5, "limits": limits})
 
     return patient
+
+
+class Tried:
+    """Counts attempts to break something, by area and outcome, for the table that tools/make_tried.py writes.
+
+    `with tried.refused("checkpoints", ValueError, match="…"):` is an attempt that must be refused;
+    `with tried.survived("resume files"):` one that must come out right."""
+
+    def __init__(self):
+        self.counts: Counter = Counter()
+
+    @contextmanager
+    def refused(self, area: str, error=ValueError, match: str | None = None):
+        try:
+            with pytest.raises(error, match=match) as caught:
+                yield caught
+        except pytest.fail.Exception:
+            self.counts[area, "accepted in silence"] += 1
+            raise
+        self.counts[area, "refused"] += 1
+
+    @contextmanager
+    def survived(self, area: str):
+        try:
+            yield
+        except BaseException:
+            self.counts[area, "lost"] += 1
+            raise
+        self.counts[area, "survived"] += 1
+
+
+@pytest.fixture
+def tried(request):
+    "Counts attempts to break something; the counts are properties of the test in `pytest --junitxml`."
+    counted = Tried()
+    yield counted
+    for (area, outcome), n in counted.counts.items():
+        request.node.user_properties.append(("tried", f"{area}|{outcome}|{n}"))
