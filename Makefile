@@ -20,7 +20,7 @@ BENCH_READY := $(BENCH)/.ready-$(shell cat constraints.txt tools/bench-requireme
 BENCH_PIP := $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BENCH_UV := $(BENCH)/bin/uv pip install --quiet --system-certs --python $(BENCH)/bin/python
 
-.PHONY: help repro test lint lab docs install bench clean
+.PHONY: help repro test lint lab docs install bench hashes audit clean
 help:
 	@echo "make repro [PROFILE=smoke|laptop|workstation|paper] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name]"
 	@echo "               regenerate the tables, into results/runs"
@@ -30,6 +30,8 @@ help:
 	@echo "make docs      the site, into site/"
 	@echo "make install   the environment, and the plan that dvc repro reads"
 	@echo "make bench     time acting and training beside lerobot, into results/bench.md [BENCH_ARGS=...]"
+	@echo "make hashes    write requirements-hashed.txt anew: the same versions, each file with its SHA-256"
+	@echo "make audit     look those versions up in the public lists of known faults (needs a network)"
 	@echo "make clean     remove the virtual environments and the site (results stay)"
 
 $(READY): constraints.txt pyproject.toml
@@ -74,6 +76,18 @@ $(BENCH_READY): constraints.txt tools/bench-requirements.txt
 	$(BENCH_UV) -c constraints.txt -r tools/bench-requirements.txt || $(BENCH_PIP) -r tools/bench-requirements.txt
 	$(BENCH_UV) --no-deps lerobot==0.4.4 || $(BENCH_PIP) --no-deps lerobot==0.4.4
 	@rm -f $(BENCH)/.ready-*; touch $@
+
+# Not from a folder of wheels: the files of the public index are the ones that have these hashes.
+HASHES := env -u UV_FIND_LINKS $(BIN)/uv pip compile --quiet --system-certs --python-version 3.11.7 \
+  --python-platform x86_64-unknown-linux-gnu -c constraints.txt --generate-hashes --no-header --no-annotate
+hashes: $(READY)
+	$(HASHES) --extra sims --extra pipeline --extra docs --extra dev pyproject.toml -o $(VENV)/hashed.txt >/dev/null
+	printf 'robomimic\nrobosuite\n' | $(HASHES) --no-deps - >> $(VENV)/hashed.txt
+	{ echo "# By make hashes, for Linux on x86-64 and Python 3.11. To install exactly these files:"; \
+	  echo "# pip install --require-hashes --no-deps -r requirements-hashed.txt"; cat $(VENV)/hashed.txt; } > requirements-hashed.txt
+
+audit: $(READY)
+	$(BIN)/uv tool run --system-certs pip-audit --disable-pip --require-hashes -r requirements-hashed.txt
 
 bench: $(BENCH_READY)
 	$(BENCH)/bin/python tools/bench.py $(BENCH_ARGS)

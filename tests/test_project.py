@@ -19,7 +19,18 @@ from dpag.tasks.base import get_task
 ROBOT = ("kinematics", "safety", "arm", "twin", "emulator", "cameras", "ur", "recorder", "drive", "teleop")
 METHODS = ("toy", "dp", "dp_ag", "lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow")
 FLOORS = [
-    *("libraries", "files", "config", "paths", "provenance", "data", "encoder", "noise_net", "diffusion"),
+    *(
+        "libraries",
+        "files",
+        "workers",
+        "config",
+        "paths",
+        "provenance",
+        "data",
+        "encoder",
+        "noise_net",
+        "diffusion",
+    ),
     *("guidance", "policy", *(f"methods.{m}" for m in METHODS), "train", *(f"robot.{r}" for r in ROBOT)),
     "tasks.base",
     *(f"tasks.pusht.{m}" for m in ("task", "expert", "simulator", "env", "dynamic")),
@@ -175,3 +186,23 @@ def test_rollout_is_reproducible_and_counts_every_episode():
     b, films = rollout(Wander(), task.make_env, range(3), protocol, n_films=1)
     pd.testing.assert_frame_equal(a, b)
     assert a.state_seed.tolist() == [0, 1, 2] and len(films[0]) == a.steps[0] // 2 + 1
+
+
+def pins(text: str) -> dict[str, str]:
+    "Versions by name."
+    found = re.findall(r"^([\w.-]+)==([\w.+!-]+)", text, re.M)
+    return {name.lower().replace("_", "-").replace(".", "-"): version for name, version in found}
+
+
+def test_the_hashes_are_of_the_versions_that_are_pinned():
+    "After a change of constraints.txt: make hashes."
+    hashed = read_text(root() / "requirements-hashed.txt")
+    versions, pinned = pins(hashed), pins(read_text(root() / "constraints.txt"))
+    differ = {n: (v, pinned[n]) for n, v in versions.items() if n in pinned and v != pinned[n]}
+    assert differ == {}
+    # torch's build for CUDA, which the public index has, brings packages that no constraint names.
+    apart = {n for n in versions if n not in pinned}
+    assert all(n.startswith(("nvidia-", "cuda-", "triton", "robo")) for n in apart), apart
+    entries = re.split(r"^(?=[\w.-]+==)", hashed, flags=re.M)[1:]
+    assert len(entries) == len(versions) and all("--hash=sha256:" in e for e in entries)
+    assert "://" not in hashed

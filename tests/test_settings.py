@@ -1,11 +1,17 @@
 """Every profile is valid; every wrong setting is refused by name; YAML cannot change a value."""
 
-import json
+import contextlib
+import copy
+import math
+import re
 import subprocess
 import sys
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from dpag import settings as s
@@ -112,15 +118,8 @@ CASES = [
     "changes,words", CASES, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(CASES)]
 )
 def test_wrong_settings_are_refused_by_name(changes, words):
-    wrong = json.loads(json.dumps(tree()))
-    for dotted, value in changes.items():
-        *path, last = dotted.split(".")
-        node = wrong
-        for p in path:
-            node = node.setdefault(p, {})
-        node[last] = value
     with pytest.raises(SettingsError) as e:
-        s.validate(wrong)
+        s.validate(with_changes(changes, tree()))
     for w in words:
         assert w in str(e.value)
 
@@ -272,3 +271,165 @@ def test_a_run_by_hand_under_changed_settings_has_a_name_of_its_own(monkeypatch)
     own = s.own_run(None).run
     assert own.startswith("laptop+") and own.endswith("-scripted")
     assert s.load(own).own == own.removeprefix("laptop+").removesuffix("-scripted")
+
+
+DOUBTFUL = [
+    # text, truth values and numbers that are none
+    ({"train.steps": "1000"}, "valid integer"),
+    ({"train.steps": True}, "valid integer"),
+    ({"train.steps": 100.0}, "valid integer"),
+    ({"train.lr": "0.001"}, "valid number"),
+    ({"train.lr": math.nan}, "finite"),
+    ({"train.grad_clip": math.inf}, "finite"),
+    ({"pipeline.pusht_kp": {"dp": ["-1"]}}, "valid integer"),
+    ({"evaluate.first_seed": None}, "valid integer"),
+    ({"methods.dp_ag.guidance.vjp_detach": "no"}, "valid boolean"),
+    # slips of a finger
+    ({"train.lr": 1e9}, "less than or equal to 1"),
+    ({"train.batch_size": 10**9}, "65536"),
+    ({"train.steps": 10**12}, "100000000"),
+    ({"train.threads": 0}, "greater than 0"),
+    ({"train.ema.max_decay": 1.0}, "less than 1"),
+    ({"policy.encoder.latent_dim": 10**8}, "16384"),
+    ({"policy.encoder.hidden": []}, "at least 1"),
+    ({"policy.net.depth": 10**6}, "64"),
+    ({"policy.net.step_dim": 31}, "multiple of 2"),
+    ({"policy.net": {**UNET, "kernel_size": 4}}, "odd"),
+    ({"policy.diffusion.clip": 1e-6}, "greater than or equal to 0.5"),
+    ({"methods.dp_ag.guidance.gamma": 1e9}, "1000"),
+    ({"methods.dp_ag.guidance.temperature": 1e-9}, "0.01"),
+    ({"tasks.pusht_kp.n_demos": 0}, "greater than 0"),
+    ({"tasks.pusht_kp.demo_seed": 2**40}, "2147483648"),
+    ({"evaluate.n_episodes": 10**9}, "1000000"),
+    ({"evaluate.workers": 10**6}, "1024"),
+    # the same twice, and nothing at all
+    ({"pipeline.pusht_kp": {"dp": [0, 0]}}, "named once"),
+    ({"pipeline.pusht_kp": {"dp": []}}, "at least 1"),
+    ({"ablation.train_seeds": [1, 1]}, "named once"),
+    ({"evaluate.curve": [0.5, 0.5]}, "named once"),
+    ({"sampling.steps": [2, 2]}, "named once"),
+    ({"sampling.steps": [2, 1000]}, "at most 100, n_train_steps"),
+    # names that would leave their folder, or be read as something else
+    ({"own": "../../etc"}, "pattern"),
+    ({"own": "a+b"}, "pattern"),
+    ({"methods": {"dp/fast": {"of": "dp"}}}, "pattern"),
+    ({"methods": {"dp, fast": {"of": "dp"}}}, "pattern"),
+    ({"evaluate.acting": {"dp": {"../fast": {}}}}, "pattern"),
+    # things of another kind
+    ({"train": None}, "valid dictionary"),
+    ({"train": [1]}, "valid dictionary"),
+    ({"methods.dp": {"of": 3}}, "the name of an entry"),
+    ({"methods.dp_ag.policy": 7}, "valid dictionary"),
+    ({"tasks.pusht_kp.methods": {"dp": {"policy": 7}}}, "a mapping is needed"),
+    ({"tasks": {7: {}}}, "valid string"),
+]
+
+
+def with_changes(changes, base) -> dict:
+    "A copy of the tree `base` with some values replaced, each by its dotted name."
+    changed = copy.deepcopy(base)
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        node = changed
+        for p in path:
+            node = node.setdefault(p, {})
+        node[last] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    "changes,words", DOUBTFUL, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(DOUBTFUL)]
+)
+def test_a_doubtful_value_is_refused(changes, words, tried):
+    with tried.refused("settings", SettingsError, match=re.escape(words)):
+        s.validate(with_changes(changes, tree()))
+
+
+SLIPS = [
+    ({"train.lr": 0.5}, "train.lr = 0.5"),
+    ({"train.warmup_steps": 10**6}, "all of its"),
+    ({"tasks.pusht_kp.n_demos": 20_000}, "n_demos = 20000"),
+    ({"evaluate": {"n_episodes": 20_000}}, "n_episodes = 20000"),
+]
+
+
+@pytest.mark.parametrize("changes,words", SLIPS, ids=[next(iter(c)) for c, _ in SLIPS])
+def test_a_value_that_looks_like_a_slip_is_named(changes, words):
+    few = {**tree(), "pipeline": {"pusht_kp": {"dp": [0]}}, "sampling": {}}
+    assert s.doubts(s.validate(few)) == []
+    (doubt,) = s.doubts(s.validate(with_changes(changes, few)))
+    assert words in doubt and "pusht_kp" in doubt
+
+
+@pytest.mark.parametrize(
+    "text,word",
+    [
+        (
+            f"a: &a [{'1,' * 99}]\n"
+            + "".join(f"{c}: &{c} [{f'*{b},' * 99}]\n" for b, c in ("ab", "bc", "cd")),
+            "aliases",
+        ),
+        ("train: &a {steps: *a}", "aliases"),
+        ("train: &a [*a]", "aliases"),
+        ("[" * 5000, "nested too deeply"),
+        ("train: {steps: !!python/object/apply:os.system [ls]}", "could not determine a constructor"),
+        ("train: {steps: " + "9" * 5000 + "}", "limit"),
+        ("\x00", "special characters"),
+    ],
+    ids=["multiplied", "in itself", "list in itself", "deep", "object", "digits", "control character"],
+)
+def test_a_file_that_would_take_all_memory_or_run_code_is_refused(text, word, tmp_path, tried):
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    with tried.refused("settings", SettingsError, match=word):
+        s.read_tree(path)
+
+
+def test_numbers_are_read_as_yaml_1_2_reads_them(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("{a: 1e-4, b: -2E3, c: 1.5e+2, d: 1e4x, e: e4}", encoding="utf-8")
+    assert s.read_tree(path) == {"a": 1e-4, "b": -2000.0, "c": 150.0, "d": "1e4x", "e": "e4"}
+
+
+def paths_of(node, path=()):
+    "The path of every value of a tree."
+    yield path
+    if isinstance(node, dict):
+        for k, v in node.items():
+            yield from paths_of(v, (*path, k))
+
+
+ODD = st.one_of(
+    st.sampled_from(
+        [0, 1, -1, 2, 7, 10**6, 10**30, 0.0, -0.5, 1e-300, 1e300, math.nan, math.inf, True, None]
+    ),
+    st.sampled_from(["", "dp", "a/b", "0", "1e-3", "ddim", "mlp", "every", "\x00", "🙂"]),
+    st.sampled_from(
+        [[], [0], [[]], {}, {"a": 1}, {"kind": "unet"}, {"kind": []}, {1: 2}, [None], {"of": "dp"}]
+    ),
+)
+
+
+def test_no_tree_of_settings_ends_in_a_traceback(tried):
+    whole = tree()
+    few = {**whole, "tasks": {t: whole["tasks"][t] for t in ("pusht_kp", "pusht_img", "ur5_peg")}}
+    few |= {"pipeline": {"pusht_kp": {"dp": [0], "dp_ag": [0]}}, "ablation": {}, "methods": {}}
+    few["robot"] = s.RobotConfig().model_dump()
+    few["methods"]["dp_ag"] = whole["methods"]["dp_ag"]
+    full = {**few, "policy": PolicyConfig().model_dump(), "train": TrainConfig().model_dump()}
+    where = [p for p in paths_of(full) if p]
+
+    @given(st.lists(st.tuples(st.sampled_from(where), ODD), min_size=1, max_size=2))
+    @hypothesis_settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    def attempt(changes):
+        wrong = copy.deepcopy(full)
+        for (*path, last), value in changes:
+            node = wrong
+            for p in path:
+                node = node[p] if isinstance(node, dict) and p in node else {}
+            if isinstance(node, dict):
+                node[last] = value
+        with tried.survived("settings"), contextlib.suppress(SettingsError):
+            s.doubts(s.validate(wrong))
+
+    attempt()
