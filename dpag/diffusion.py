@@ -9,11 +9,11 @@ __all__ = ['SAMPLERS', 'DiffusionConfig', 'squared_cosine', 'signal_powers', 'Fo
 # %% ../nbs/04_diffusion.ipynb #54657258
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .config import Strict
@@ -22,7 +22,7 @@ from .config import Strict
 class DiffusionConfig(Strict):
     "Forward and reverse process."
 
-    n_train_steps: PositiveInt = 100
+    n_train_steps: Annotated[int, Field(ge=2, le=10_000)] = 100
     "K: steps of the forward process (Ho et al. 2020; Diffusion Policy: 100)."
     schedule: Literal["squaredcos_cap_v2", "linear"] = "squaredcos_cap_v2"
     "How the noise grows with the step; the squared cosine is the paper's."
@@ -31,11 +31,11 @@ class DiffusionConfig(Strict):
     sampler: Literal["ddim", "ddpm", "dpm_solver"] = "ddim"
     """The reverse steps. `ddpm` adds noise at each step (the paper's training steps); `ddim` and `dpm_solver`
     (DPM-Solver++ 2M) do not."""
-    n_sample_steps: PositiveInt = 8
+    n_sample_steps: Annotated[int, Field(gt=0)] = 8
     "Reverse steps when acting, at most `n_train_steps` (the paper: 100 with DDPM)."
-    clip: PositiveFloat = 5.0
+    clip: Annotated[float, Field(ge=0.5, le=100)] = 5.0
     "The estimate of x₀ is held in ±clip, in normalised units; 1 for actions that are scaled to [−1, 1]."
-    target_temperature: PositiveFloat = 1.0
+    target_temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     "ε is divided by it in the loss: 1 in the equations, 0.4 in the authors' code. Only for `epsilon`."
 
     @model_validator(mode="after")

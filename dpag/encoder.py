@@ -9,14 +9,14 @@ __all__ = ['FEATURES', 'SHARPNESS', 'BACKBONES', 'ImageEncoderConfig', 'EncoderC
            'image_keys', 'ObservationEncoder']
 
 # %% ../nbs/02_encoder.ipynb #e0c9fcc4
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from .config import Strict
+from .config import Strict, Width
 from .data import Standardizer
 from .libraries import mend_torchvision
 
@@ -26,9 +26,9 @@ class ImageEncoderConfig(Strict):
 
     backbone: Literal["strided", "small", "resnet18"] = "strided"
     "`strided`: for CPUs. `resnet18`: the paper's, with group norm. `small`: that of earlier checkpoints."
-    n_keypoints: PositiveInt = 32
+    n_keypoints: Annotated[int, Field(gt=0, le=1024)] = 32
     "Positions that are found in each image; each is two numbers of the latent."
-    crop: PositiveInt = 88
+    crop: Annotated[int, Field(ge=16, le=1024)] = 88
     "px, side of the square crop: at a random position in training, the centre when acting."
 
 # %% ../nbs/02_encoder.ipynb #cebf0244
@@ -37,9 +37,9 @@ class EncoderConfig(Strict):
 
     features: Literal["raw", "planar"] = "raw"
     "Of what is not an image. `raw`: as it is. `planar`: for Push-T with keypoints, see `planar_features`."
-    hidden: list[PositiveInt] = Field(default=[256, 256], min_length=1)
+    hidden: list[Width] = Field(default=[256, 256], min_length=1, max_length=32)
     "Widths of the hidden layers."
-    latent_dim: PositiveInt = 64
+    latent_dim: Width = 64
     "Dimensions of the latent, besides two for each keypoint of each image."
     camera: ImageEncoderConfig = ImageEncoderConfig()
     "The image encoder; without images it is not used."

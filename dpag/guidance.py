@@ -9,15 +9,15 @@ __all__ = ['scaled_vjp', 'latent_vjp', 'contrastive_loss', 'kl_loss', 'GuidanceC
 # %% ../nbs/05_guidance.ipynb #c027cbab
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import Strict
+from .config import Strict, Weight
 
 # %% ../nbs/05_guidance.ipynb #c0be00b1
 def scaled_vjp(vjp: Float[Tensor, "batch latent"], scale: str) -> Float[Tensor, "batch latent"]:
@@ -82,7 +82,7 @@ def kl_loss(
 class GuidanceConfig(Strict):
     "Action-guided evolution of the latent, and the losses that anchor it (the paper's γ, τ, λ)."
 
-    gamma: NonNegativeFloat = 3.0
+    gamma: Annotated[float, Field(ge=0, le=1000)] = 3.0
     "γ: how far the VJP moves the latent, in units of σ with `vjp: unit`. 0 is no guidance."
     vjp: Literal["unit", "raw"] = "unit"
     "`raw`: as it is (the paper). `unit`: each sample's has length one, a departure from the paper."
@@ -90,14 +90,14 @@ class GuidanceConfig(Strict):
     "In training, no gradient flows through the VJP (the authors' code)."
     evolve: Literal["every", "lagged", "never"] = "every"
     "When acting: at `every` step (the paper), `lagged` (by the VJP of the step before), or `never`."
-    evolve_every: PositiveInt = 1
+    evolve_every: Annotated[int, Field(gt=0, le=10_000)] = 1
     "With `every` and `lagged`: at each m-th denoising step only."
     denoise_on: Literal["static", "evolved", "both", "split"] = "both"
     """What the denoising loss is taken on: ε (the equations), ε̃ (the bound), or the mean of both. `split`:
     ε on one half of each batch and ε̃ on the other, which takes less time; needs `vjp_detach`."""
-    contrastive_weight: NonNegativeFloat = 0.01
+    contrastive_weight: Weight = 0.01
     "λ_cont."
-    temperature: PositiveFloat = 0.8
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 0.8
     "τ of the contrastive loss (0.8 in the authors' code)."
     positive_in_denominator: bool = False
     "InfoNCE's denominator has the positive (false: the paper; true: the authors' code)."
@@ -105,7 +105,7 @@ class GuidanceConfig(Strict):
     "The contrastive loss does not teach the evolved prediction (the authors' code)."
     contrastive_noise: Literal["own", "shared"] = "own"
     "Of the contrastive loss. `own`: each sample has its noise and step. `shared`: one for the batch."
-    kl_weight: NonNegativeFloat = 1e-4
+    kl_weight: Weight = 1e-4
     "λ_KL."
     kl_prior: Literal["latent", "standard"] = "latent"
     "Centre of the prior: N(z, I) (the paper) or N(0, I) (the authors' code)."

@@ -7,10 +7,8 @@ __all__ = ['FILM_EVERY', 'EvaluateConfig', 'mean_squared_jerk', 'stack_observati
            'save_gif', 'strip']
 
 # %% ../nbs/09_rollout.ipynb #e52a4251
-import multiprocessing
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
@@ -18,34 +16,35 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field
 from tqdm import tqdm
 
-from .config import Strict, describe, generator
+from .config import Count, Name, Seed, Strict, describe, different, generator
 from .files import atomic
 from .policy import Policy
+from .workers import worker_pool
 
 # %% ../nbs/09_rollout.ipynb #c01317e2
 class EvaluateConfig(Strict):
     "The one evaluation protocol."
 
-    n_episodes: PositiveInt = 50
+    n_episodes: Count = 50
     "Episodes, each from its own initial state."
-    first_seed: NonNegativeInt = 60_000
+    first_seed: Seed = 60_000
     "State seed of the first episode; the others follow. Scripted demonstrations begin at a task's demo_seed."
-    n_films: NonNegativeInt = 3
+    n_films: Annotated[int, Field(ge=0, le=1000)] = 3
     "Episodes that are filmed, the first ones. Zero needs no OpenGL where observations have no images."
-    at_once: PositiveInt = 1000
+    at_once: Count = 1000
     "Episodes in one process at a time; a simulator may need 0.3 GB each."
-    workers: PositiveInt = 1
+    workers: Annotated[int, Field(gt=0, le=1024)] = 1
     "Processes."
-    latency_repeats: PositiveInt = 10
+    latency_repeats: Annotated[int, Field(gt=0, le=10_000)] = 10
     "Times that acting is timed on each episode's first observation."
-    curve: list[Annotated[float, Field(gt=0, le=1)]] = [0.25, 0.5]
+    curve: Annotated[list[Annotated[float, Field(gt=0, le=1)]], AfterValidator(different)] = [0.25, 0.5]
     "Shares of the training after which the policy is scored, too."
-    curve_episodes: PositiveInt = 20
+    curve_episodes: Count = 20
     "Episodes of each such score."
-    acting: dict[str, dict[str, dict]] = {}
+    acting: dict[str, dict[Name, dict]] = {}
     "`{method: {name: changes of the method}}`: the same weights, also scored acting in other ways."
 
 # %% ../nbs/09_rollout.ipynb #02ce929b
@@ -218,7 +217,7 @@ def rollout(
     one = partial(_wave, policy, make_env, protocol=protocol)
     workers = min(workers, len(waves))
     if workers > 1:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        with worker_pool(workers, "spawn") as pool:
             done = list(pool.map(one, waves))
     else:
         done = [one(w) for w in waves]

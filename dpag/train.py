@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 from . import config
-from .config import SettingsError, Strict, generator, reseed
+from .config import Count, SettingsError, Strict, generator, reseed
 from .files import atomic
 from .policy import MethodConfig, PolicyConfig
 
@@ -37,7 +37,7 @@ class EMAConfig(Strict):
 
     inv_gamma: PositiveFloat = 1.0
     "g: updates after which the memory has grown noticeably."
-    power: PositiveFloat = 0.75
+    power: Annotated[float, Field(gt=0, le=10)] = 0.75
     "p: how fast it grows."
     max_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     "Upper bound of the old average's weight."
@@ -46,27 +46,27 @@ class EMAConfig(Strict):
 class TrainConfig(Strict):
     "The training loop."
 
-    steps: PositiveInt = 10_000
+    steps: Annotated[int, Field(gt=0, le=100_000_000)] = 10_000
     "Gradient steps."
-    batch_size: Annotated[int, Field(ge=2)] = 128
+    batch_size: Annotated[int, Field(ge=2, le=65_536)] = 128
     "Windows in a step. Two at least: the contrastive loss compares samples."
-    lr: PositiveFloat = 2e-3
+    lr: Annotated[float, Field(gt=0, le=1)] = 2e-3
     "Peak learning rate of AdamW."
-    weight_decay: NonNegativeFloat = 1e-6
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-6
     "AdamW's (Diffusion Policy: 1e-6)."
-    warmup_steps: NonNegativeInt = 200
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     "Steps in which the learning rate rises to its peak."
     grad_clip: PositiveFloat = 1.0
     "Largest norm of the gradient."
     ema: EMAConfig = EMAConfig()
     "The average of the weights, which is what acts."
-    log_every: PositiveInt = 100
+    log_every: Count = 100
     "Steps from one row of the log to the next."
-    checkpoint_every: PositiveInt = 1000
+    checkpoint_every: Count = 1000
     "Steps from one resume file to the next."
     device: Literal["auto", "cpu", "cuda"] = "auto"
     "`auto` is the GPU if there is one."
-    threads: PositiveInt = 1
+    threads: Annotated[int, Field(gt=0, le=1024)] = 1
     "CPU threads of the process."
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the products in the loss; the weights are 32-bit. `auto` is bfloat16 on a GPU and float32 on a CPU,

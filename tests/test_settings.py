@@ -412,7 +412,10 @@ ODD = st.one_of(
 
 def test_no_tree_of_settings_ends_in_a_traceback(tried):
     whole = tree()
-    few = {**whole, "tasks": {t: whole["tasks"][t] for t in ("pusht_kp", "pusht_img", "ur5_peg")}}
+    few = {
+        **whole,
+        "tasks": {t: whole["tasks"].get(t, {"n_demos": 20}) for t in ("pusht_kp", "pusht_img", "ur5_peg")},
+    }
     few |= {"pipeline": {"pusht_kp": {"dp": [0], "dp_ag": [0]}}, "ablation": {}, "methods": {}}
     few["robot"] = s.RobotConfig().model_dump()
     few["methods"]["dp_ag"] = whole["methods"]["dp_ag"]

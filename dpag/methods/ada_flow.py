@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from ..config import Width
 from ..policy import MethodConfig, NoiseNetPolicy, PolicyConfig, register_method
 
 # %% ../../nbs/methods/ada_flow.ipynb #bbc3f79e
@@ -23,9 +24,9 @@ class AdaFlowConfig(MethodConfig):
     kind: Literal["ada_flow"] = "ada_flow"
     eta: PositiveFloat = 0.1
     "η: tolerated error of a step, in normalised units."
-    max_steps: PositiveInt = 20
+    max_steps: Width = 20
     "N: most steps of a chunk."
-    head: Annotated[list[PositiveInt], Field(min_length=1)] = [128, 128, 128]
+    head: Annotated[list[Width], Field(min_length=1, max_length=32)] = [128, 128, 128]
     "Widths of the variance head's hidden layers."
 
 # %% ../../nbs/methods/ada_flow.ipynb #fdcf90c3

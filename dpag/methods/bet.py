@@ -6,14 +6,15 @@
 __all__ = ['BETConfig', 'action_centres', 'nearest', 'focal_loss', 'offset_loss', 'BETPolicy']
 
 # %% ../../nbs/methods/bet.ipynb #4dd8f7ec
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config import Weight, Width
 from ..config import generator as make_generator
 from ..policy import ChunkPolicy, MethodConfig, PolicyConfig, register_method
 
@@ -26,17 +27,17 @@ class BETConfig(MethodConfig):
     "Laid over the policy's settings."
     train: dict = {"steps": 7000, "batch_size": 64, "lr": 0.001, "weight_decay": 0.1, "grad_clip": 1.0}
     "Laid over the training's settings."
-    n_bins: PositiveInt = 24
+    n_bins: Width = 24
     "K: bins of actions."
-    layers: PositiveInt = 4
+    layers: Annotated[int, Field(gt=0, le=64)] = 4
     "Layers of the transformer."
-    heads: PositiveInt = 4
+    heads: Width = 4
     "Attention heads of each layer."
-    width: PositiveInt = 72
+    width: Width = 72
     "Width of the transformer; divisible by `heads`."
-    focal_gamma: NonNegativeFloat = 2.0
+    focal_gamma: Annotated[float, Field(ge=0, le=100)] = 2.0
     "γ of the focal loss; 0 is cross entropy."
-    offset_weight: NonNegativeFloat = 1000.0
+    offset_weight: Weight = 1000.0
     "w: weight of the offset's squared error."
 
 # %% ../../nbs/methods/bet.ipynb #de36e875

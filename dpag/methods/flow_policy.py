@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from ..config import Weight, Width
 from ..policy import MethodConfig, NoiseNetPolicy, register_method
 
 # %% ../../nbs/methods/flow_policy.ipynb #a43e6c83
@@ -23,15 +24,15 @@ class FlowPolicyConfig(MethodConfig):
     kind: Literal["flow_policy"] = "flow_policy"
     train: dict = {"steps": 10000}
     "Laid over the training's settings."
-    n_segments: PositiveInt = 2
+    n_segments: Width = 2
     "K: segments of the time from 0 to 1."
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.01
     "δ: between the two times that must agree; also the smallest time in training."
-    velocity_weight: NonNegativeFloat = 0.00001
+    velocity_weight: Weight = 0.00001
     "α: weight of the velocities' agreement."
     time_scale: PositiveFloat = 10.0
     "The net is told time_scale · t; see below."
-    n_steps: PositiveInt = 1
+    n_steps: Width = 1
     "Steps when acting."
 
 # %% ../../nbs/methods/flow_policy.ipynb #54e3cb8f

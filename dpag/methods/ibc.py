@@ -12,10 +12,11 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config import Width
 from ..policy import ChunkPolicy, MethodConfig, register_method
 
 # %% ../../nbs/methods/ibc.ipynb #52720fff
@@ -27,17 +28,17 @@ class IBCConfig(MethodConfig):
     "Laid over the policy's settings: one action at a time."
     train: dict = {"steps": 9000, "batch_size": 64, "lr": 0.001}
     "Laid over the training's settings."
-    width: PositiveInt = 128
+    width: Width = 128
     "Units of each hidden layer of the energy."
-    depth: PositiveInt = 4
+    depth: Annotated[int, Field(gt=0, le=64)] = 4
     "Hidden layers of the energy."
-    n_negatives: PositiveInt = 64
+    n_negatives: Width = 64
     "N: uniform actions that each demonstrated one is compared to."
     jitter: NonNegativeFloat = 0.0001
     "Deviation added to the demonstrated action, in normalised units."
-    n_candidates: PositiveInt = 256
+    n_candidates: Width = 256
     "Actions that the search holds when acting."
-    n_rounds: PositiveInt = 5
+    n_rounds: Width = 5
     "Rounds of the search."
     spread: PositiveFloat = 0.1
     "Deviation of the first round's perturbations, in normalised units."

@@ -6,13 +6,14 @@
 __all__ = ['LSTMGMMConfig', 'robomimic_algo', 'draw_last', 'LSTMGMMPolicy']
 
 # %% ../../nbs/methods/lstm_gmm.ipynb #7b51d467
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor, distributions
 
+from ..config import Width
 from ..libraries import robomimic_factories
 from ..policy import ChunkPolicy, MethodConfig, PolicyConfig, register_method
 
@@ -25,11 +26,11 @@ class LSTMGMMConfig(MethodConfig):
     "Laid over the policy's settings. The sequence is ten steps in robomimic, too."
     train: dict = {"steps": 2500, "batch_size": 64, "lr": 0.001}
     "Laid over the training's settings."
-    hidden: PositiveInt = 200
+    hidden: Width = 200
     "Width of each LSTM layer (robomimic: 400)."
-    layers: PositiveInt = 2
+    layers: Annotated[int, Field(gt=0, le=64)] = 2
     "LSTM layers (robomimic: 2)."
-    n_modes: PositiveInt = 5
+    n_modes: Width = 5
     "M: Gaussians in the mixture (robomimic: 5)."
     min_std: PositiveFloat = 0.0001
     "Least deviation of a Gaussian, in normalised units (robomimic: 1e-4)."

@@ -8,25 +8,23 @@ __all__ = ['TASKS', 'Task', 'TaskConfig', 'Metric', 'TaskEntry', 'register_task'
 
 # %% ../../nbs/07_tasks.ipynb #6e05c024
 import hashlib
-import multiprocessing
 import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 import dpag
-from ..config import Registry, SettingsError, Strict, layered
+from ..config import Count, Registry, Seed, SettingsError, Strict, layered
 from ..data import Demonstrations, Shapes
 from ..files import atomic
+from ..workers import worker_pool
 
 # %% ../../nbs/07_tasks.ipynb #4411899d
 @dataclass(frozen=True)
@@ -57,11 +55,11 @@ class Task:
 class TaskConfig(Strict):
     "What any task may say."
 
-    max_steps: PositiveInt = 300
+    max_steps: Count = 300
     "Steps after which an episode ends."
-    n_demos: PositiveInt = 100
+    n_demos: Count = 100
     "Scripted demonstrations that are made."
-    demo_seed: NonNegativeInt = 100_000
+    demo_seed: Seed = 100_000
     "State seed of the first scripted demonstration; far from those of evaluation."
     policy: dict = {}
     "Laid over the policy's settings."
@@ -197,7 +195,7 @@ def collect_successes(
     kept, tried = list[dict](), 0
     job = attempt if parts is None else partial(remembered, attempts_folder(parts, attempt), attempt)
     with (
-        ProcessPoolExecutor(workers, multiprocessing.get_context(start)) as pool,
+        worker_pool(workers, start) as pool,
         tqdm(total=n_demos, desc=name, mininterval=2, unit="episode") as bar,
     ):
         while len(kept) < n_demos:

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import Strict, derive_seed, fingerprint, merge, seed_everything
+from ..config import Count, Seeds, Strict, Width, derive_seed, fingerprint, merge, seed_everything
 from ..encoder import sample_latent
 from ..guidance import Guidance, GuidanceConfig
 from ..train import EMAConfig, TrainConfig, fit
@@ -47,23 +47,23 @@ SPIRALS_TRAIN = TrainConfig(
 class SpiralsConfig(Strict):
     "The irregular spirals: data, both models, their training."
 
-    n_spirals: PositiveInt = 1000
+    n_spirals: Count = 1000
     "Training spirals of each seed."
-    n_test: PositiveInt = 500
+    n_test: Count = 500
     "Test spirals, the same for every seed."
-    n_grid: PositiveInt = 500
+    n_grid: Count = 500
     "Points on the whole spiral."
-    n_window: PositiveInt = 100
+    n_window: Count = 100
     "Consecutive grid points in a sample."
-    n_observed: PositiveInt = 30
+    n_observed: Count = 30
     "Points that the encoder is given, at irregular times in the window's first 70 %."
-    n_future: PositiveInt = 10
+    n_future: Count = 10
     "Points to predict, at irregular times in the window's last 30 %."
     noise: NonNegativeFloat = 0.3
     "Deviation of the observed positions, in the curve's units."
-    latent_dim: PositiveInt = 8
+    latent_dim: Width = 8
     "Z."
-    hidden: PositiveInt = 32
+    hidden: Width = 32
     "Width of the LSTM and of the decoder's two hidden layers."
     sigma: NonNegativeFloat = 0.05
     "σ: scale of the latent's Wiener increments in training."
@@ -73,7 +73,7 @@ class SpiralsConfig(Strict):
     "Of both models; `lr` below takes the place of `train.lr`."
     lr: dict[FlowName, PositiveFloat] = {"base_flow": 0.08, "vjp_flow": 0.08}
     "Each model's own, chosen on validation spirals (e08_spirals_tuning)."
-    seeds: list[NonNegativeInt] = Field(default=list(range(10, 20)), min_length=2)
+    seeds: Seeds = Field(default=list(range(10, 20)), min_length=2)
     "Training seeds."
 
     @field_validator("guidance", "train", "lr", mode="before")

@@ -11,11 +11,12 @@ import os
 import zipfile
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field
 
-from ...config import Range, Strict
+from ...config import Count, Range, Strict
 from ...data import Demonstrations, Shapes
 from dpag.tasks.base import (
     TASKS,
@@ -36,16 +37,16 @@ class KitchenExpertConfig(Strict):
     "m per step of 80 ms: speed of the hand's reference."
     gain: Range = (1.4, 1.8)
     "Factor on the joints' steps; it is above 1 because the servos lag."
-    noise: NonNegativeFloat = 0.05
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.05
     "Standard deviation of a wobble of the joints, in full actions."
 
 # %% ../../../nbs/tasks/kitchen/task.ipynb #9cb91c82
 class KitchenConfig(TaskConfig):
     "Franka Kitchen: the limit of an episode, and where its demonstrations come from."
 
-    max_steps: PositiveInt = 500
+    max_steps: Count = 500
     "Steps of 80 ms after which an episode ends, a scripted one too; the usual limit is 280."
-    n_demos: PositiveInt = 150
+    n_demos: Count = 150
     "Scripted demonstrations that are made; the humans' are 566."
     expert: KitchenExpertConfig = KitchenExpertConfig()
     "The scripted arm."

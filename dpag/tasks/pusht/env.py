@@ -11,7 +11,6 @@ __all__ = ['HUMAN_URL', 'HUMAN_SHA256', 'observation_space', 'get_state', 'set_e
 import hashlib
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from ...data import Demonstrations, load_demonstrations
 from ..base import fetch
 from .simulator import Simulator
+from ...workers import worker_pool
 
 # %% ../../../nbs/tasks/pusht/env.ipynb #484598bf
 def observation_space(kind: str) -> spaces.Dict:
@@ -224,7 +224,7 @@ def draw_states(
     images, start = np.empty((len(states), 96, 96, 3), np.uint8), 0
     episodes = np.split(states, episode_ends[:-1])
     with (
-        ProcessPoolExecutor(workers) as pool,
+        worker_pool(workers) as pool,
         tqdm(total=len(states), desc="images", unit="image", mininterval=2) as bar,
     ):
         for drawn in pool.map(partial(draw_episode, make_env), episodes, chunksize=2):

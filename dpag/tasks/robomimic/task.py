@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from ...config import Range, SettingsError, Strict, merge
+from ...config import Count, Range, SettingsError, Strict, merge
 from ...data import Demonstrations, Shapes
 from ..base import TASKS, Task, TaskConfig, collect_successes, joined, register_task
 
@@ -26,9 +26,9 @@ class OperatorConfig(Strict):
 
     speed: Range = (0.009, 0.0125)
     "m per step of 50 ms; drawn between these for each episode."
-    noise: NonNegativeFloat = 0.02
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.02
     "Standard deviation of a slow wobble of the reference, in full delta actions of 5 cm."
-    via: NonNegativeFloat = 0.0
+    via: Annotated[float, Field(ge=0, le=1)] = 0.0
     "m: how far a detour leads off a long straight way; 0 for no detours."
     pause: Probability = 0.0
     "Probability of a rest before a motion."
@@ -47,13 +47,13 @@ OPERATORS = {
 class RobomimicConfig(TaskConfig):
     "A robomimic task: the limit of an episode, what is observed, and who demonstrates."
 
-    max_steps: PositiveInt = 400
+    max_steps: Count = 400
     "Steps of 50 ms after which an episode ends."
-    n_demos: PositiveInt = 200
+    n_demos: Count = 200
     "Scripted demonstrations that are made; robomimic's proficient humans recorded 200."
     observation: Literal["object", "image"] = "object"
     "`image`: the cameras' images in the place of the objects' poses."
-    patience: PositiveInt = 1000
+    patience: Count = 1000
     "Steps that a scripted episode may take."
     operators: dict[str, OperatorConfig] = OPERATORS
     "Scripted operators by name."

@@ -11,12 +11,12 @@ import functools
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from ...config import Range
+from ...config import Count, Range
 from ...data import Demonstrations, Shapes
 from ...robot.safety import RobotConfig
 from ..base import TASKS, Metric, Task, TaskConfig, collect_successes, joined, register_task
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 class UR5Config(TaskConfig):
     "The UR5's tasks: what the cameras see, how a script demonstrates, and the robot itself."
 
-    max_steps: PositiveInt = 150
+    max_steps: Count = 150
     "Steps after which an episode ends."
-    n_demos: PositiveInt = 60
+    n_demos: Count = 60
     "Scripted demonstrations that are made."
-    size: PositiveInt = 64
+    size: Annotated[int, Field(ge=16, le=1024)] = 64
     "px: the side of the cameras' square images."
-    clearance: PositiveFloat = 0.0018
+    clearance: Annotated[float, Field(gt=0, le=0.02)] = 0.0018
     "m between the peg and the hole's side; 0.001 is hard."
     speed: Range = (0.05, 0.08)
     "m/s: each episode draws the demonstrator's speed between these."
-    error: NonNegativeFloat = 0.001
+    error: Annotated[float, Field(ge=0, le=0.05)] = 0.001
     "m, of the demonstrator: the brush's wobble, where the bar is put down, the guess of the hole."
-    shake: NonNegativeFloat = 0.003
+    shake: Annotated[float, Field(ge=0, le=0.05)] = 0.003
     "m, of the arm under the demonstrator: executed, not recorded, so that the way back is recorded."
     robot: RobotConfig = RobotConfig()
     "The arm, its cameras and its limits."
