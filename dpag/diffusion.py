@@ -33,7 +33,7 @@ class DiffusionConfig(Strict):
     (DPM-Solver++ 2M) do not."""
     n_sample_steps: Annotated[int, Field(gt=0)] = 8
     "Reverse steps when acting, at most `n_train_steps` (the paper: 100 with DDPM)."
-    clip: Annotated[float, Field(ge=0.5, le=100)] = 5.0
+    clip: Annotated[float, Field(ge=0.5)] = 5.0
     "The estimate of x₀ is held in ±clip, in normalised units; 1 for actions that are scaled to [−1, 1]."
     target_temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     "ε is divided by it in the loss: 1 in the equations, 0.4 in the authors' code. Only for `epsilon`."

@@ -28,7 +28,7 @@ class ImageEncoderConfig(Strict):
     "`strided`: for CPUs. `resnet18`: the paper's, with group norm. `small`: that of earlier checkpoints."
     n_keypoints: Annotated[int, Field(gt=0, le=1024)] = 32
     "Positions that are found in each image; each is two numbers of the latent."
-    crop: Annotated[int, Field(ge=16, le=1024)] = 88
+    crop: Annotated[int, Field(gt=0, le=1024)] = 88
     "px, side of the square crop: at a random position in training, the centre when acting."
 
 # %% ../nbs/02_encoder.ipynb #cebf0244
