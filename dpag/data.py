@@ -85,12 +85,13 @@ class Demonstrations:
         return Shapes(obs, self.arrays["action"].shape[1])
 
     def data_hash(self) -> str:
-        "Twelve hex digits over every array's bytes, by key."
+        "Twelve hex digits over every array's bytes, in this machine's order, by key."
         h = hashlib.sha256(np.ascontiguousarray(self.episode_ends, dtype=np.int64).tobytes())
         for k in sorted(self.arrays):
             h.update(k.encode())
             # No second copy: images take most of the memory.
-            h.update(np.ascontiguousarray(self.arrays[k]).reshape(-1).view(np.uint8).data)
+            a = np.ascontiguousarray(self.arrays[k], self.arrays[k].dtype.newbyteorder("="))
+            h.update(a.reshape(-1).view(np.uint8).data)
         return h.hexdigest()[:12]
 
 # %% ../nbs/01_data.ipynb #64bc74cf

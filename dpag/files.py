@@ -98,7 +98,7 @@ def exchange(a: Path, b: Path) -> bool:
     if renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
         return False
     raise OSError(code, os.strerror(code), str(a), None, str(b))
 

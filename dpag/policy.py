@@ -379,7 +379,7 @@ def save_policy(path, policy: ChunkPolicy, info: dict | None = None):
 # %% ../nbs/06_policy.ipynb #729de9f4
 def read_meta(path) -> dict:
     """checkpoint.json of a folder whose files all have the checksums of its seal. A seal must be there from
-    schema 4 on.
+    schema 4 on; of an older checkpoint no checksum is known.
 
     Raises FileNotFoundError where there is none, DamagedError for one that was changed or cannot be read,
     ValueError for one of a later dpag."""

@@ -11,6 +11,7 @@ __all__ = ['ALIGNMENT', 'LOOK_EVERY', 'EMAConfig', 'TrainConfig', 'pick_device',
 # %% ../nbs/08_train.ipynb #056558f8
 import contextlib
 import copy
+import csv
 import io
 import math
 import time
@@ -331,13 +332,20 @@ class Log:
         self.path, self.start = path, time.perf_counter()
         self.rows: list[dict] = []
         if past:
-            self.rows = pd.read_csv(io.StringIO(past), float_precision="round_trip").to_dict("records")
+            # Not by pandas, whose fast parser may be a bit off: the rows are written again as they were.
+            rows = csv.DictReader(io.StringIO(past))
+            self.rows = [
+                {k: int(v) if k == "step" else float(v or "nan") for k, v in r.items()} for r in rows
+            ]
             self._check(past.encode())
             self.write()
         self.spent = self.rows[-1]["seconds"] if self.rows else 0.0
 
     def _check(self, past: bytes):
-        if self.path is not None and self.path.exists() and not past.startswith(self.path.read_bytes()):
+        if self.path is None or not self.path.exists():
+            return
+        there = self.path.read_bytes()
+        if not (there.endswith(b"\n") and past.startswith(there)):
             set_aside(self.path, "it has not the rows of the resume file", "it is written again")
 
     def add(self, step: int, terms: dict[str, Tensor], lr: float):
