@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Steps', 'METHODS', 'SCHEMA', 'Policy', 'PolicyConfig', 'MethodConfig', 'action_reference', 'encoder_input',
            'EncodingPolicy', 'ChunkPolicy', 'NoiseNetPolicy', 'MethodEntry', 'register_method', 'windows_to_fit',
-           'fit_action_scale', 'check_fit', 'build_policy', 'save_policy', 'read_meta', 'load_weights', 'load_policy',
-           'Actor']
+           'fit_action_scale', 'check_fit', 'build_policy', 'save_policy', 'read_meta', 'load_weights', 'check_weights',
+           'load_policy', 'Actor']
 
 # %% ../nbs/06_policy.ipynb #131d5426
 import json
@@ -30,7 +30,7 @@ from .config import Registry, Section, SettingsError, Strict, changed, explain, 
 from .data import Shapes, Standardizer, WindowDataset, fit_standardizer
 from .diffusion import Diffusion, DiffusionConfig
 from .encoder import FEATURES, EncoderConfig, ObservationEncoder, image_keys
-from .files import atomic_folder, read_text, write_text
+from .files import DamagedError, atomic_folder, check_seal, read_text, restore, seal, write_text
 from .noise_net import MLPConfig, MLPNoiseNet, UNetConfig, build_noise_net, cut_layers
 
 # %% ../nbs/06_policy.ipynb #e04ca166
@@ -355,11 +355,12 @@ def build_policy(
     return policy
 
 # %% ../nbs/06_policy.ipynb #4cd3f6eb
-SCHEMA = 3
+SCHEMA = 4
 
 
 def save_policy(path, policy: ChunkPolicy, info: dict | None = None):
-    "Write a checkpoint folder that load_policy reads; an existing one is replaced. `info` is for the reader."
+    """Write a sealed checkpoint folder that load_policy reads; an existing one is replaced. `info` is for the
+    reader."""
     meta = {
         "schema": SCHEMA,
         "method": policy.method.model_dump(),
@@ -376,22 +377,31 @@ def save_policy(path, policy: ChunkPolicy, info: dict | None = None):
         # A weight that has two names is written once.
         save_model(policy, str(folder / "model.safetensors"))
         write_text(folder / "checkpoint.json", json.dumps(meta, indent=1, sort_keys=True))
+        seal(folder)
 
 # %% ../nbs/06_policy.ipynb #729de9f4
 def read_meta(path) -> dict:
-    "checkpoint.json of a folder. Raises FileNotFoundError, and ValueError for one that cannot be read."
+    """checkpoint.json of a folder whose files all have the checksums of its seal. A seal must be there from
+    schema 4 on; of an older checkpoint no checksum is known.
+
+    Raises FileNotFoundError where there is none, DamagedError for one that was changed or cannot be read,
+    ValueError for one of a later dpag."""
     path = Path(path)
+    restore(path)
     if not (path / "checkpoint.json").exists():
         raise FileNotFoundError(f"no checkpoint at {path}: train first")
     try:
+        check_seal(path)
         meta = json.loads(read_text(path / "checkpoint.json"))
+        schema = meta.get("schema", 1)
+        check_seal(path, required=3 < schema <= SCHEMA, under=())
         missing = [k for k in ("method", "policy", "shapes") if not isinstance(meta.get(k), dict)]
-    except (ValueError, AttributeError) as e:
-        raise ValueError(f"{path}: damaged checkpoint: {type(e).__name__}: {e}") from None
+    except (ValueError, AttributeError, TypeError) as e:
+        raise DamagedError(f"{path}: damaged checkpoint: {type(e).__name__}: {e}") from None
     if missing:
-        raise ValueError(f"{path}: damaged checkpoint: no {', '.join(missing)} in checkpoint.json")
-    if meta.get("schema", 1) > SCHEMA:
-        raise ValueError(f"{path}: schema {meta['schema']} is of a later dpag; this one reads up to {SCHEMA}")
+        raise DamagedError(f"{path}: damaged checkpoint: no {', '.join(missing)} in checkpoint.json")
+    if schema > SCHEMA:
+        raise ValueError(f"{path}: schema {schema} is of a later dpag; this one reads up to {SCHEMA}")
     return meta
 
 # %% ../nbs/06_policy.ipynb #8efece7f
@@ -416,12 +426,19 @@ def load_weights(path: Path, policy: ChunkPolicy, schema: int):
     cut = cut_layers(own, policy.net)
     policy.load_state_dict({**weights, **{f"net.{k}": v for k, v in cut.items()}})
 
+
+def check_weights(policy: ChunkPolicy):
+    "Raise ValueError where a weight or a scale is not finite."
+    for name, t in policy.state_dict().items():
+        if not t.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
+
 # %% ../nbs/06_policy.ipynb #6d10aa01
 def load_policy(path, device="cpu") -> tuple[ChunkPolicy, dict]:
     """The policy of a checkpoint folder, ready to act, and what checkpoint.json says.
 
-    Raises FileNotFoundError where there is none; ValueError for one that is damaged, or whose settings or net
-    this version does not know."""
+    Raises FileNotFoundError where there is none; DamagedError for one that is damaged, see `read_meta`;
+    ValueError for settings or a net that this version does not know."""
     meta = read_meta(path)
     try:
         entry = METHODS[meta["method"].get("kind", "")]
@@ -438,8 +455,10 @@ def load_policy(path, device="cpu") -> tuple[ChunkPolicy, dict]:
     try:
         policy = build_policy(method, settings, Shapes.read(meta["shapes"]))
         load_weights(Path(path) / "model.safetensors", policy, schema)
+        check_weights(policy)
     except Exception as e:
-        raise ValueError(f"{path}: damaged checkpoint: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+        said = (str(e).splitlines() or [""])[0]
+        raise DamagedError(f"{path}: damaged checkpoint: {type(e).__name__}: {said}") from e
     return policy.to(device).eval().requires_grad_(False), meta
 
 # %% ../nbs/06_policy.ipynb #63d7c95c

@@ -26,10 +26,10 @@ from . import paper
 from .ablation import ABLATION
 from .config import SettingsError
 from .figures import save_figure
-from .files import atomic, atomic_folder, read_text, write_text
+from .files import SUMS, DamagedError, atomic, atomic_folder, check_seal, read_text, seal, write_text
 from .paths import Cell, Results, own, published
 from .plots import plot_curve, plot_distribution, plot_spirals
-from .rows import LATENCY, Measured, is_variant, read_rows
+from .rows import LATENCY, Measured, check_evaluation, is_variant, read_csv, read_rows
 from .stats import COLUMNS, bootstrap_mean
 from dpag.tables import (
     LABELS,
@@ -214,7 +214,7 @@ def training_curves(measured: Measured, n_points: int = 60) -> pd.DataFrame:
     for e in measured.evaluations:
         path = measured.results.training(e.cell) / "log.csv"
         if path.exists():
-            log = pd.read_csv(path)
+            log = read_csv(path)
             shown = np.unique(np.linspace(0, len(log) - 1, min(len(log), n_points)).round().astype(int))
             names = {"run": e.cell.run, "cell": e.cell.name}
             frames.append(log.iloc[shown].assign(**names)[TRAINING])
@@ -279,11 +279,17 @@ def write_figures(results: Results, run: str) -> list[Path]:
 
 # %% ../nbs/11_report.ipynb #154e1adb
 def check_tables(results: Results) -> list[str]:
-    """What is wrong with the tables and the metrics of `results`: files that differ from what the rows give,
-    are missing, or are made from nothing. Empty when all is well."""
+    """What is wrong with the tables and the metrics of `results`: rows that are damaged, files that differ
+    from what the rows give, are missing, or are made from nothing. Empty when all is well."""
     wrong = []
+    try:
+        for cell, path in results.evaluations("episodes.csv"):
+            check_evaluation(cell, path.parent)
+        longs = long_tables(Measured(results))
+    except DamagedError as e:
+        return [str(e)]
     with tempfile.TemporaryDirectory() as tmp:
-        made, longs = Results(Path(tmp)), long_tables(Measured(results))
+        made = Results(Path(tmp))
         write_tables(longs, made.tables)
         write_metrics(longs, made.folder)
         names = {path.relative_to(tmp) for path in Path(tmp).rglob("*.*")}
@@ -304,11 +310,15 @@ KEPT = {".csv", ".json", ".png"}
 
 
 def copy_folder(source: Path, target: Path):
-    "Replace `target` by the rows, the provenance and the figures that are directly in `source`."
+    """Replace `target` by the rows, the provenance and the figures that are directly in `source`, and seal it
+    if `source` is sealed. Raises DamagedError where the seal is not that of the files."""
+    check_seal(source)
     with atomic_folder(target) as new:
         for path in sorted(source.iterdir()):
             if path.suffix in KEPT and not path.name.startswith("."):
                 shutil.copy(path, new / path.name)
+        if (source / SUMS).exists():
+            seal(new)
 
 # %% ../nbs/11_report.ipynb #362b72b3
 def finished_cells(results: Results, run: str) -> list[Cell]:
@@ -325,8 +335,12 @@ def finished_cells(results: Results, run: str) -> list[Cell]:
 
 # %% ../nbs/11_report.ipynb #943fdff7
 def copy_run(run: str, source: Results, target: Results):
-    "Copy a run's rows, provenance, studies and figures. Raises SettingsError for a run that is not finished."
-    for cell in finished_cells(source, run):
+    """Copy a run's rows, provenance, studies and figures. Raises SettingsError for a run that is not
+    finished, DamagedError for rows that are damaged; nothing is copied then."""
+    cells = finished_cells(source, run)
+    for cell in cells:
+        check_evaluation(cell, source.evaluation(cell))
+    for cell in cells:
         copy_folder(source.evaluation(cell), target.evaluation(cell))
     for folder in sorted(source.study(run, "").iterdir()):
         if folder.is_dir() and any(path.is_file() for path in folder.iterdir()):
@@ -442,7 +456,7 @@ def overview(results: Results) -> str:
 
 # %% ../nbs/11_report.ipynb #9464962f
 def main(argv: list[str] | None = None):
-    "Check the published results, or publish a run. Raises SettingsError."
+    "Check the published results, or publish a run. Raises SettingsError, DamagedError."
     parser = argparse.ArgumentParser(description="the published results: check them, or publish a run")
     parser.add_argument("--publish", metavar="RUN", help="copy this run's results from results/runs")
     args = parser.parse_args(argv)
@@ -458,5 +472,5 @@ def main(argv: list[str] | None = None):
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not as a notebook
     try:
         main()
-    except SettingsError as e:
+    except (SettingsError, DamagedError) as e:
         sys.exit(str(e))

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['ALIGNMENT', 'LOOK_EVERY', 'EMAConfig', 'TrainConfig', 'pick_device', 'learning_rate', 'run_fingerprint',
-           'check_fingerprint', 'ema_decay', 'FlatParameters', 'check_layout', 'Run', 'save_state', 'load_state',
-           'draw_batch', 'update', 'train_step', 'first_fault', 'check_finite', 'Log', 'plain_fingerprint', 'fit']
+           'check_fingerprint', 'ema_decay', 'FlatParameters', 'check_layout', 'Run', 'state_checksum', 'save_state',
+           'read_state', 'check_kinds', 'load_state', 'draw_batch', 'update', 'train_step', 'first_fault',
+           'check_finite', 'Log', 'plain_fingerprint', 'fit']
 
 # %% ../nbs/08_train.ipynb #056558f8
 import contextlib
 import copy
+import csv
+import io
 import math
 import time
 from collections import deque
@@ -20,7 +23,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import torch
 from pydantic import Field, PositiveFloat
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
@@ -28,7 +31,7 @@ from tqdm import tqdm
 
 from . import config
 from .config import Count, SettingsError, Strict, generator, reseed
-from .files import atomic
+from .files import DamagedError, arrays_checksum, atomic, set_aside, sweep, write_text
 from .policy import MethodConfig, PolicyConfig
 
 # %% ../nbs/08_train.ipynb #5ec93936
@@ -194,23 +197,61 @@ class Run:
         return model
 
 # %% ../nbs/08_train.ipynb #34ef3abd
-def save_state(path, run: Run, step: int, key: str):
-    "Write the resume file of `step` finished steps; `key` says of which run."
+def state_checksum(state: dict[str, Tensor], about: dict[str, str]) -> str:
+    "sha256 of tensors (on the CPU; names, types, shapes and bytes) and of what is said `about` them."
+    named = {f"{name} {t.dtype} {tuple(t.shape)}": t.contiguous().flatten() for name, t in state.items()}
+    raw = {name: t.view(torch.uint8).numpy() for name, t in named.items()}
+    return arrays_checksum(raw, repr(sorted(about.items())))
+
+
+def save_state(path, run: Run, step: int, key: str, log: str):
+    "Write the resume file of `step` finished steps; `key` says of which run, `log` are its rows as csv."
+    state, about = {k: t.cpu() for k, t in run.state().items()}, {"step": str(step), "key": key, "log": log}
     with atomic(path) as tmp:
-        save_file(run.state(), tmp, metadata={"step": str(step), "key": key})
+        save_file(state, tmp, metadata={**about, "sha256": state_checksum(state, about)})
 
 # %% ../nbs/08_train.ipynb #812234f7
-def load_state(path, run: Run, key: str) -> int:
-    "Load a resume file in place; the number of finished steps, 0 for a file that is absent or another run's."
-    if not Path(path).exists():
-        return 0
-    with safe_open(path, "pt") as f:
-        meta = f.metadata() or {}
-        if meta.get("key") != key:
-            return 0
-        for name, tensor in run.state().items():
-            tensor.copy_(f.get_tensor(name))
-    return int(meta["step"])
+def read_state(path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a resume file, and what it says about them: step, key, log.
+
+    Raises DamagedError for a file that is damaged or has no checksum."""
+    try:
+        with safe_open(path, "pt") as f:
+            about = dict(f.metadata() or {})
+            state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError) as e:
+        raise DamagedError(f"{path}: {type(e).__name__}: {e}") from None
+    said = about.pop("sha256", "none")
+    if said != (found := state_checksum(state, about)):
+        raise DamagedError(f"{path}: its checksum is {found[:12]}, the file says {said[:12]}")
+    return state, about
+
+
+def check_kinds(state: dict[str, Tensor], expected: dict[str, Tensor]):
+    "Raise ValueError unless two states have the same names, types and shapes."
+    kinds, wanted = ({k: (t.dtype, tuple(t.shape)) for k, t in s.items()} for s in (state, expected))
+    if kinds != wanted:
+        raise ValueError(f"its tensors are {kinds}, this run's {wanted}")
+
+
+def load_state(path, run: Run, key: str) -> tuple[int, str]:
+    """Load a resume file in place; the number of finished steps and the log's rows as csv. 0 and none where
+    the file is absent, another run's, or damaged; a damaged one is set aside with a warning."""
+    path = Path(path)
+    if not path.exists():
+        return 0, ""
+    try:
+        state, about = read_state(path)
+        if about["key"] != key:
+            return 0, ""
+        check_kinds(state, run.state())
+        done = int(about["step"]), about["log"]
+    except (ValueError, KeyError) as e:
+        set_aside(path, e, "the training starts from the beginning")
+        return 0, ""
+    for name, tensor in run.state().items():
+        tensor.copy_(state[name])
+    return done
 
 # %% ../nbs/08_train.ipynb #72df3d30
 def draw_batch(run: Run, dataset, settings: TrainConfig, *, seed: int, step: int) -> dict:
@@ -284,14 +325,28 @@ def check_finite(run: Run, dataset, settings: TrainConfig, *, seed: int):
 
 # %% ../nbs/08_train.ipynb #788e9081
 class Log:
-    "Rows of a training log; `path` is its csv file, or None. `first` steps are done already."
+    """Rows of a training log; `path` is its csv file, or None. `past` are the rows of the steps that are done
+    already, as csv; the file then gets them, and one that has others is set aside with a warning."""
 
-    def __init__(self, path: Path | None, first: int):
+    def __init__(self, path: Path | None, past: str = ""):
         self.path, self.start = path, time.perf_counter()
         self.rows: list[dict] = []
-        if path is not None and first:
-            self.rows = pd.read_csv(path).query("step <= @first").to_dict("records")
+        if past:
+            # Not by pandas, whose fast parser may be a bit off: the rows are written again as they were.
+            rows = csv.DictReader(io.StringIO(past))
+            self.rows = [
+                {k: int(v) if k == "step" else float(v or "nan") for k, v in r.items()} for r in rows
+            ]
+            self._check(past.encode())
+            self.write()
         self.spent = self.rows[-1]["seconds"] if self.rows else 0.0
+
+    def _check(self, past: bytes):
+        if self.path is None or not self.path.exists():
+            return
+        there = self.path.read_bytes()
+        if not (there.endswith(b"\n") and past.startswith(there)):
+            set_aside(self.path, "it has not the rows of the resume file", "it is written again")
 
     def add(self, step: int, terms: dict[str, Tensor], lr: float):
         "A row: the step, the terms, the learning rate and the seconds since the run first started."
@@ -299,11 +354,14 @@ class Log:
         values = {k: v.item() for k, v in terms.items()}
         self.rows.append({"step": step, **values, "lr": lr, "seconds": seconds})
 
+    def text(self) -> str:
+        "The rows as csv; nothing without rows."
+        return pd.DataFrame(self.rows).to_csv(index=False) if self.rows else ""
+
     def write(self):
-        "Write the rows to the file."
-        if self.path is not None:
-            with atomic(self.path) as tmp:
-                pd.DataFrame(self.rows).to_csv(tmp, index=False)
+        "Write the rows to the file, if there are any."
+        if self.path is not None and self.rows:
+            write_text(self.path, self.text())
 
 # %% ../nbs/08_train.ipynb #43118061
 def plain_fingerprint(model, dataset, settings: TrainConfig) -> str:
@@ -327,16 +385,19 @@ def fit(
     """Train `model` in place and leave the averaged weights in it; the log, one row per `log_every` steps.
 
     `folder`, if given, keeps the resume file and log.csv. A run with the same `fingerprint` and `seed`
-    that is found there is continued; by default the fingerprint is `plain_fingerprint`. `snapshots[k]` is
-    called after step k with a model of the averaged weights."""
+    that is found there is continued; by default the fingerprint is `plain_fingerprint`. A damaged file is set
+    aside with a warning: without the resume file the run starts from the beginning. `snapshots[k]` is called
+    after step k with a model of the averaged weights."""
     torch.set_num_threads(settings.threads)
+    if folder is not None:
+        sweep(folder)
     run, snapshots = Run(model), snapshots or {}
     key = config.fingerprint(
         fingerprint or plain_fingerprint(model, dataset, settings), seed, run.flat.layout
     )
     resume = Path(folder) / "resume.safetensors" if folder is not None else None
-    first = load_state(resume, run, key) if resume else 0
-    log = Log(Path(folder) / "log.csv" if folder is not None else None, first)
+    first, past = load_state(resume, run, key) if resume else (0, "")
+    log = Log(resume and resume.with_name("log.csv"), past)
     shown = tqdm(total=settings.steps, initial=first, desc=name, mininterval=2, unit="step")
     with contextlib.closing(run.flat), shown as bar:
         for step in range(first + 1, settings.steps + 1):
@@ -351,7 +412,7 @@ def fit(
             if step in snapshots:
                 snapshots[step](run.averaged())
             if resume and save:
+                save_state(resume, run, step, key, log.text())
                 log.write()
-                save_state(resume, run, step, key)
         run.values.copy_(run.ema)
     return pd.DataFrame(log.rows)

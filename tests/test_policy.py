@@ -341,7 +341,7 @@ UNKNOWN = [
     (lambda m: m["policy"]["encoder"].update(dropout=0.1), "policy.encoder.dropout = 0.1: Extra inputs"),
     (lambda m: m["policy"]["net"].update(kind="transformer"), "policy.net: .*'mlp'"),
     (lambda m: m["method"].update(kind="dp_gpt"), "method = 'dp_gpt': allowed are"),
-    (lambda m: m.update(schema=4), "schema 4 is of a later dpag; this one reads up to 3"),
+    (lambda m: m.update(schema=5), "schema 5 is of a later dpag; this one reads up to 4"),
 ]
 
 

@@ -96,7 +96,7 @@ def test_human_keypoints_are_the_environments():
 def test_no_network_and_no_mirror_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.delenv("DPAG_MIRROR", raising=False)
     with pytest.raises(ConnectionError, match="(?s)Connect to a network.*DPAG_MIRROR"):
-        fetch("pusht.zip", "http://127.0.0.1:9/pusht.zip", tmp_path, retries=0)
+        fetch("pusht.zip", "https://127.0.0.1:9/pusht.zip", tmp_path, retries=0)
     assert not list(tmp_path.iterdir())
 
 

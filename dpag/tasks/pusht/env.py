@@ -164,10 +164,11 @@ def as_demonstrations(states, actions, episode_ends, meta: dict, *, images=None)
 
 # %% ../../../nbs/tasks/pusht/env.ipynb #81658518
 HUMAN_URL = "https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip"
-HUMAN_SHA256 = {  # of each array's 32-bit floats
-    "action": "6691b085749144b8db1aede97a80fb380afd08953fcd03660b441d0ffe9d6a8f",
-    "state": "dcdc539bfdba9fc01cba8d2fe91cc580539ec046a88b0ffbe91be5511948d4dc",
-    "img": "3f7650895d1a500d7162b10475df689731f4fece2b15eaf7d913a560c2a0783d",
+HUMAN_SHA256 = {  # of each array's 32-bit floats; of the ends' 64-bit integers
+    "data/action": "6691b085749144b8db1aede97a80fb380afd08953fcd03660b441d0ffe9d6a8f",
+    "data/state": "dcdc539bfdba9fc01cba8d2fe91cc580539ec046a88b0ffbe91be5511948d4dc",
+    "data/img": "3f7650895d1a500d7162b10475df689731f4fece2b15eaf7d913a560c2a0783d",
+    "meta/episode_ends": "82db02e667c59a83fedb211ab9b84182591b75009df1385210d5235197f93d72",
 }
 
 
@@ -179,13 +180,14 @@ def float_sha256(a: np.ndarray) -> str:
     return h.hexdigest()
 
 # %% ../../../nbs/tasks/pusht/env.ipynb #52e858bd
-def check_human(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    "Raise ValueError for an array that is not the one that the results are measured on."
-    for key, a in arrays.items():
-        got, want = float_sha256(a), HUMAN_SHA256[key]
-        if got != want:
+def check_human(path: Path, demos: Demonstrations) -> None:
+    "Raise ValueError where an array or the ends are not those that the results are measured on."
+    found = {f"data/{key}": float_sha256(a) for key, a in demos.arrays.items()}
+    found["meta/episode_ends"] = hashlib.sha256(demos.episode_ends.astype("<i8").tobytes()).hexdigest()
+    for key, got in found.items():
+        if got != (want := HUMAN_SHA256[key]):
             raise ValueError(
-                f"{path}: data/{key} has sha256 {got[:12]}…, expected {want[:12]}…: "
+                f"{path}: {key} has sha256 {got[:12]}…, expected {want[:12]}…: "
                 "not the file that the results are measured on"
             )
 
@@ -198,7 +200,7 @@ def human_demonstrations(folder: Path | str = "data/raw", *, images: bool = Fals
     keys = {"action": None, "state": None, **({"img": np.uint8} if images else {})}
     try:
         raw = load_demonstrations(path, keys=keys)
-        check_human(path, raw.arrays)
+        check_human(path, raw)
     except ValueError:
         if not os.environ.get("DPAG_MIRROR"):
             path.unlink(missing_ok=True)
