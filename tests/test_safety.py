@@ -565,6 +565,22 @@ def test_a_key_whose_release_is_lost_counts_for_a_moment(tried):
     np.testing.assert_array_equal(real.velocity(), np.zeros(4))
 
 
+def test_a_lost_release_moves_a_simulated_arm_no_further_than_a_real_one(tried):
+    "The twin lives much faster than the clock of whoever holds the key."
+    keys = KeyState()
+    keys.press("up")
+    with tried.survived("hands that steer"):
+        way = list(teleoperate(keys, Scene(), speed=0.08, turn=0.16, period=PERIOD, longest=5))
+        assert 0 < way[-1][0] - START[0] < 0.05
+    keys = KeyState()
+    with tried.survived("hands that steer"):
+        way = []
+        for action in teleoperate(keys, Scene(), speed=0.08, turn=0.16, period=PERIOD, longest=2):
+            keys.press("up")
+            way.append(action)
+        np.testing.assert_allclose(way[-1][0] - START[0], 19 * 0.008)
+
+
 def test_a_keyboard_that_is_no_longer_heard_is_said(tried, monkeypatch):
     silent = SimpleNamespace(is_alive=lambda: False)
     module = SimpleNamespace(Listener=lambda **heard: silent)
