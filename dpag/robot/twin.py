@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..libraries import draw, load_mujoco, make_renderer
-from .arm import Arm, Follower, Observation, Stopped
+from .arm import Arm, Follower, Observation, Stopped, check_chunk, n_soon
 from dpag.robot.kinematics import (
     DH,
     UR5E,
@@ -293,9 +293,20 @@ class Twin(Arm):
         cameras = self.cameras if images else ()
         return Observation(self.now(), state, {c: self.simulator.render(c, self.size) for c in cameras})
 
-    def servo(self, poses: np.ndarray, due: np.ndarray):
+    def servo(self, poses: np.ndarray, due: np.ndarray) -> int:
+        check_chunk(poses, due)
         self._check()
-        self.follower.schedule.add(poses, due)
+        n = n_soon(due, self.now(), self.envelope.limits.stop_after)
+        if n < len(due):
+            self.notes.append(
+                (self.now(), "move", f"{len(due) - n} of {len(due)} actions left out: too far ahead")
+            )
+        self.follower.schedule.add(poses[:n], due[:n])
+        return n
+
+    def hold(self):
+        self._check()
+        self.follower.hold(self.now())
 
     def stop(self, reason: str):
         if not self.stopped:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIABLES', 'PLAYING', 'SAFETY_BITS', 'STATE_SIZE', 'safety_fault', 'TaskFrame', 'open_sockets', 'load_rtde',
            'connect', 'Connection', 'publish', 'read_state', 'take_orders', 'Ticks', 'follow', 'stream',
-           'StreamProcess', 'UR']
+           'StreamProcess', 'fresh_state', 'watch_cameras', 'UR']
 
 # %% ../../nbs/hardware/ur.ipynb #0421b7df
 import contextlib
@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from .arm import Arm, Follower, Observation, Stopped, check_chunk
+from .arm import Arm, Follower, Observation, Stopped, check_chunk, n_soon
 from .kinematics import to_matrix, to_vector
-from .safety import Box, Envelope, RobotConfig, RobotState
+from .safety import Box, Envelope, LimitsConfig, RobotConfig, RobotState, age_checks, first_exceeded
 
 # %% ../../nbs/hardware/ur.ipynb #d7704956
 VARIABLES = [
@@ -184,12 +184,14 @@ def publish(memory, state: RobotState):
     memory[0] += 1
 
 # %% ../../nbs/hardware/ur.ipynb #2a9c964d
-def read_state(memory) -> RobotState:
-    "The state that was published last."
-    while True:
+def read_state(memory, tries: int = 500) -> RobotState:
+    "The state that was published last. Raises Stopped where it stays half written."
+    for _ in range(tries):
         before, values, after = memory[0], list(memory[1:]), memory[0]
         if before == after and before % 2 == 0:
             return RobotState(values[0], values[1], *np.array(values[2:]).reshape(5, 6))
+        time.sleep(0.0005)
+    raise Stopped("the arm's state is half written: the streaming process has died while it wrote")
 
 # %% ../../nbs/hardware/ur.ipynb #a82a06bf
 def take_orders(pipe, follower: Follower) -> str:
@@ -200,6 +202,8 @@ def take_orders(pipe, follower: Follower) -> str:
             order, *what = pipe.recv()
             if order == "stop":
                 reason = what[0]
+            elif order == "hold":
+                follower.hold(time.monotonic())
             else:
                 follower.schedule.add(*what)
     except (EOFError, OSError):
@@ -322,11 +326,46 @@ class StreamProcess:
             return False
         return True
 
+    def order(self, *message):
+        "Tell the stream something. Raises Stopped if it has ended."
+        self.check()
+        if not self.send(*message):
+            self.check()
+
+    def give_up(self, reason: str):
+        "Tell the stream to stop, and wait for no answer: it may be unable to give one."
+        self.send("stop", reason)
+        self.stopped = reason
+
     def join(self):
         "Wait for the end; kill a process that does not end."
         self.process.join(2)
         if self.process.is_alive():
             self.process.kill()
+
+# %% ../../nbs/hardware/ur.ipynb #6764c80f
+def fresh_state(stream: StreamProcess, limits: LimitsConfig, image_times: dict[str, float]) -> RobotState:
+    "The newest state with these images' times. Raises Stopped where one is too old; then the stream ends."
+    for _ in range(2):  # a second look, in case it is this process that paused
+        stream.check()
+        try:
+            state = replace(read_state(stream.memory), image_times=image_times)
+        except Stopped as e:
+            old = str(e)
+            break
+        old = first_exceeded(age_checks(state, limits, time.monotonic()))
+        if not old:
+            return state
+    stream.give_up(old)
+    raise Stopped(old)
+
+# %% ../../nbs/hardware/ur.ipynb #fe18e626
+def watch_cameras(stream: StreamProcess, cameras: dict):
+    "Tell the stream the times of the cameras' newest images until it ends."
+    while not stream.stopped:
+        for i, camera in enumerate(cameras.values()):
+            stream.image_times[i] = camera.read()[0]
+        time.sleep(0.02)
 
 # %% ../../nbs/hardware/ur.ipynb #cd062c1f
 class UR(Arm):
@@ -334,9 +373,11 @@ class UR(Arm):
     `read() -> (time, image)`, the newest, and `close()`. `stream` is the process that commands."""
 
     def __init__(self, robot: RobotConfig, box: Box, cameras: dict | None = None):
-        self.cameras = cameras or {}
+        self.cameras, self.limits = cameras or {}, robot.limits
         self.stream = StreamProcess(robot, box, list(self.cameras))
-        self.camera_thread = threading.Thread(target=self._watch_cameras, daemon=True)
+        self.camera_thread = threading.Thread(
+            target=watch_cameras, args=(self.stream, self.cameras), daemon=True
+        )
         self.closed = False
 
     def connect(self):
@@ -351,22 +392,27 @@ class UR(Arm):
 
     def wait_until(self, moment: float):
         while True:
-            self.stream.check()
+            fresh_state(self.stream, self.limits, {})
             left = moment - time.monotonic()
             if left <= 0:
                 return
             time.sleep(min(left, 0.01))
 
     def observe(self, images: bool = True) -> Observation:
-        self.stream.check()
-        newest = {name: camera.read()[1] for name, camera in self.cameras.items()}
-        return Observation(self.now(), read_state(self.stream.memory), newest if images else {})
+        newest = {name: camera.read() for name, camera in self.cameras.items()}
+        state = fresh_state(self.stream, self.limits, {name: taken for name, (taken, _) in newest.items()})
+        return Observation(
+            self.now(), state, {k: image for k, (_, image) in newest.items()} if images else {}
+        )
 
-    def servo(self, poses: np.ndarray, due: np.ndarray):
+    def servo(self, poses: np.ndarray, due: np.ndarray) -> int:
         check_chunk(poses, due)
-        self.stream.check()
-        if not self.stream.send("servo", np.asarray(poses, float), np.asarray(due, float)):
-            self.stream.check()
+        n = n_soon(due, self.now(), self.limits.stop_after)
+        self.stream.order("servo", np.asarray(poses, float)[:n], np.asarray(due, float)[:n])
+        return n
+
+    def hold(self):
+        self.stream.order("hold")
 
     def stop(self, reason: str):
         if self.stream.started and not self.stream.stopped:
@@ -384,10 +430,3 @@ class UR(Arm):
         self.camera_thread.join()
         for camera in self.cameras.values():
             camera.close()
-
-    def _watch_cameras(self):
-        "Tell the stream how old the newest images are."
-        while not self.stream.stopped:
-            for i, camera in enumerate(self.cameras.values()):
-                self.stream.image_times[i] = camera.read()[0]
-            time.sleep(0.02)

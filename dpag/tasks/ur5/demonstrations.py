@@ -28,9 +28,12 @@ class ShakyArm(Arm):
     def __init__(self, arm: Arm, deviation: float, rng: np.random.Generator):
         self.arm, self.deviation, self.rng, self.off = arm, deviation, rng, np.zeros(6)
 
-    def servo(self, poses: np.ndarray, due: np.ndarray):
+    def servo(self, poses: np.ndarray, due: np.ndarray) -> int:
         self.off[:2] = 0.85 * self.off[:2] + self.deviation * np.sqrt(1 - 0.85**2) * self.rng.normal(size=2)
-        self.arm.servo(poses + self.off, due)
+        return self.arm.servo(poses + self.off, due)
+
+    def hold(self):
+        self.arm.hold()
 
     def connect(self):
         self.arm.connect()
