@@ -133,11 +133,15 @@ class Ticker:
         return float(self.process.communicate()[0])
 
 
-def longest_delay() -> float:
-    "The longest delay, s, in half a second of what a driver and an emulated controller need."
-    tickers = [Ticker(busy=0.003) for _ in range(2)]
-    time.sleep(0.5)
-    return max(t.longest() for t in tickers)
+def longest_delay(tries: int = 1) -> float:
+    """The longest delay, s, in half a second of what a driver and an emulated controller need; the best of so
+    many tries, as other work on the machine may be about to end."""
+    delays = []
+    while len(delays) < tries and min(delays, default=1.0) > LATE:
+        tickers = [Ticker(busy=0.003) for _ in range(2)]
+        time.sleep(0.5)
+        delays.append(max(t.longest() for t in tickers))
+    return min(delays)
 
 
 def too_late(delay: float) -> str:
@@ -150,7 +154,7 @@ def pytest_runtest_call(item):
     it ran, or do after it."""
     if item.get_closest_marker("real_time") is None:
         return (yield)
-    if (delay := longest_delay()) > LATE:
+    if (delay := longest_delay(tries=4)) > LATE:
         pytest.skip(too_late(delay))
     ticker = Ticker(busy=0.0)
     try:

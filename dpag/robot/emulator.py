@@ -135,7 +135,7 @@ def unpack(names: list[str], body: bytes) -> dict:
         del numbers[:n]
     return found
 
-# %% ../../nbs/hardware/emulator.ipynb #6f98307b
+# %% ../../nbs/hardware/emulator.ipynb #1a67bdb9
 class Voice:
     "Writes lines to a stream, from a thread. Lines that find no room, because nobody reads, are lost."
 
@@ -159,7 +159,7 @@ class Voice:
                 print(self.lines.get(), file=stream, flush=True)
                 self.lines.task_done()
 
-# %% ../../nbs/hardware/emulator.ipynb #e51dca46
+# %% ../../nbs/hardware/emulator.ipynb #d3fc850a
 class Log:
     "The newest sentences; each is also given to `say`, at most ten a second."
 
@@ -168,14 +168,15 @@ class Log:
         self.say, self.second, self.said = say, 0, 0
 
     def __call__(self, sentence: str):
-        self.sentences.append(sentence[:300])
+        sentence = "".join(c if c.isprintable() else "?" for c in sentence[:300])
+        self.sentences.append(sentence)
         second = int(time.monotonic())
         self.said = self.said + 1 if second == self.second else 1
         self.second = second
         if self.say and self.said <= 10:
-            self.say(f"emulator: {sentence[:300]}")
+            self.say(f"emulator: {sentence}")
 
-# %% ../../nbs/hardware/emulator.ipynb #1728c054
+# %% ../../nbs/hardware/emulator.ipynb #a2514340
 def trapezoid(t: float, length: float, speed: float, acceleration: float) -> tuple[float, bool]:
     "How far along `length` a motion from rest to rest is after `t` s, and whether it has ended."
     ramp = min(speed / acceleration, (length / acceleration) ** 0.5)  # s
@@ -188,7 +189,7 @@ def trapezoid(t: float, length: float, speed: float, acceleration: float) -> tup
         return length - acceleration * left**2 / 2, False
     return ramp * acceleration * (t - ramp / 2), False
 
-# %% ../../nbs/hardware/emulator.ipynb #92797578
+# %% ../../nbs/hardware/emulator.ipynb #470ddef8
 class Way:
     "From `start` `(6,)` to rest at `along(start, by)`; `along` adds parts of `by` `(6,)`."
 
@@ -204,7 +205,7 @@ class Way:
         gone, self.done = trapezoid(self.elapsed, self.length, self.speed, self.acceleration)
         return self.along(self.start, self.by if self.done else gone / self.length * self.by)
 
-# %% ../../nbs/hardware/emulator.ipynb #818702a8
+# %% ../../nbs/hardware/emulator.ipynb #55e0daa4
 class Drift:
     "From `start` `(6,)` with a velocity that is asked for, until it has not been for a while."
 
@@ -275,7 +276,7 @@ class Motion:
     def arrived(self) -> bool:
         return self.mover is None
 
-# %% ../../nbs/hardware/emulator.ipynb #4a7241b1
+# %% ../../nbs/hardware/emulator.ipynb #f90f4efb
 def reset(motion: Motion, seed: int):
     "Lay the scene out anew, with the arm where it began; a controller's clock does not go back."
     now = motion.simulator.now
@@ -351,7 +352,7 @@ class Op(enum.IntEnum):
     HAS_SOLUTION_NEAR = 61
     STOP_SCRIPT = 255
 
-# %% ../../nbs/hardware/emulator.ipynb #1596c2dc
+# %% ../../nbs/hardware/emulator.ipynb #b5d71513
 NOT_EMULATED = {
     6: "forceMode",
     7: "forceModeStop",
@@ -456,7 +457,7 @@ class Controller:
             self.halt(why)
         self.simulator.step()
 
-# %% ../../nbs/hardware/emulator.ipynb #a5e54283
+# %% ../../nbs/hardware/emulator.ipynb #b99c4c78
 def arguments(c: Controller, n: int) -> np.ndarray:
     "The first `n` numbers that the client has written beside its command."
     return np.array([c.registers.get(f"input_double_register_{i}", 0.0) for i in range(n)])
@@ -485,7 +486,7 @@ def joints_of(numbers: np.ndarray) -> np.ndarray:
     "Joint angles `(6,)` rad. Raises ValueError for angles that no joint has."
     return checked("joint angles", numbers, 6.3)
 
-# %% ../../nbs/hardware/emulator.ipynb #22409152
+# %% ../../nbs/hardware/emulator.ipynb #35e5152d
 def report_progress(c: Controller, running: bool):
     "Write what `getAsyncOperationProgress` reads: a count, an operation's number, and whether it goes on."
     c.background = running
@@ -539,7 +540,7 @@ def move_j_ik(c: Controller):
     a = arguments(c, 8)
     begin_way(c, find_joints(c, a[:6], c.motion.q), a[6:], joints=True)
 
-# %% ../../nbs/hardware/emulator.ipynb #39f33d2a
+# %% ../../nbs/hardware/emulator.ipynb #edb8e9e6
 def servo_l(c: Controller):
     "`servoL(pose, …)`."
     c.motion.follow(pose_of(c, arguments(c, 6)))
@@ -700,7 +701,7 @@ def controller_state(c: Controller) -> dict:
         "output_int_register_0": c.phase if c.running else Phase.BUSY,
     }
 
-# %% ../../nbs/hardware/emulator.ipynb #df0faa3f
+# %% ../../nbs/hardware/emulator.ipynb #bb0ab68c
 PATIENCE = 30.0  # s for a message
 UNREAD = 1 << 18  # bytes that may wait until a client reads, here and in the kernel
 OFTEN = 8  # messages of a client in a tick
@@ -763,7 +764,7 @@ class Client:
         if transport.get_write_buffer_size():
             asyncio.get_running_loop().call_later(1, transport.abort)
 
-# %% ../../nbs/hardware/emulator.ipynb #eb847507
+# %% ../../nbs/hardware/emulator.ipynb #3df2b052
 MOST_CLIENTS = 16  # of a port
 
 
@@ -807,7 +808,7 @@ class Port:
         with contextlib.suppress(ConnectionError, ValueError):
             client.send(self.refusal(why))
 
-# %% ../../nbs/hardware/emulator.ipynb #db337e38
+# %% ../../nbs/hardware/emulator.ipynb #3eba3dce
 MOST_NAMES, MOST_RECIPES = 255, 32
 
 
@@ -865,7 +866,7 @@ class Session:
         self.due = max(self.due + self.period, now - 1)
         return True
 
-# %% ../../nbs/hardware/emulator.ipynb #d3e77931
+# %% ../../nbs/hardware/emulator.ipynb #1917e97d
 def answer(session: Session, letter: str, body: bytes, now: float, taken: Set[str] = frozenset()) -> bytes:
     "The reply to a package that asks for something. Raises ValueError for one that cannot be understood."
     if letter == "V":
@@ -889,7 +890,7 @@ class ServerFaults:
     silent: bool = False
     blind: bool = False
 
-# %% ../../nbs/hardware/emulator.ipynb #8dc27c6c
+# %% ../../nbs/hardware/emulator.ipynb #1ffddee9
 def text_message(sentence: str) -> bytes:
     "A sentence as a package: an error, from the emulator."
     text, source = sentence.encode()[:255], b"emulator"
@@ -1058,7 +1059,7 @@ def image_part(image: np.ndarray) -> bytes:
     jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
     return b"--image\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg + b"\r\n"
 
-# %% ../../nbs/hardware/emulator.ipynb #cc42b67b
+# %% ../../nbs/hardware/emulator.ipynb #f6a1b8b3
 class Images:
     "The newest images of a simulator's cameras, as parts of a stream."
 
@@ -1207,7 +1208,7 @@ ORDERS_WITH_ARGUMENTS: dict[str, Callable[[Operator, list[str]], None]] = {
     "lay": lay,
 }
 
-# %% ../../nbs/hardware/emulator.ipynb #2f998b54
+# %% ../../nbs/hardware/emulator.ipynb #d9a13294
 def carry_out(o: Operator, word: str, arguments: list[str]):
     "Do what an order says. Raises ValueError for one that is not known or not whole."
     if word in ORDERS_WITH_ARGUMENTS:
