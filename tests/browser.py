@@ -21,7 +21,7 @@ class Browser:
     """A headless browser with one page. Its console's errors and its failed requests gather in `errors`, the
     addresses of requests in `requests`."""
 
-    def __init__(self, folder: Path, timeout: float = 60):
+    def __init__(self, folder: Path, timeout: float = 300):
         import websocket  # of websocket-client, which jupyter-server needs, too
 
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -38,10 +37,21 @@ from dpag.methods.dp_ag import DPAGConfig
 from dpag.policy import build_policy, save_policy
 from dpag.train import TrainConfig, fit
 data = conftest.drifting_blocks()
+
+class Waits:
+    "The data; when the batch with the number in argv[2] is drawn, it says so, and waits to be killed."
+    drawn = 0
+    def batch(self, n, generator):
+        self.drawn += 1
+        if sys.argv[2:] == [str(self.drawn)]:
+            print("drawn", flush=True)
+            sys.stdin.read()
+        return data.batch(n, generator)
+
 seed_everything(0)
 policy = build_policy(DPAGConfig(), conftest.small_policy(), conftest.SHAPES, data)
 train = TrainConfig(steps=400, batch_size=16, log_every=20, checkpoint_every=50, device="cpu")
-fit(policy, data, train, seed=0, folder=sys.argv[1], fingerprint="t")
+fit(policy, Waits(), train, seed=0, folder=sys.argv[1], fingerprint="t")
 save_policy(sys.argv[1] + "/checkpoint", policy)
 """
 
@@ -55,21 +65,14 @@ def script(tmp_path):
 def test_killed_and_resumed_equals_never_killed(tmp_path):
     run, env = script(tmp_path), {**os.environ, "TQDM_DISABLE": "1"}
     subprocess.run([sys.executable, run, tmp_path / "whole"], check=True, env=env)
-    kills = 0
-    for at in (100, 250):
-        p = subprocess.Popen([sys.executable, run, tmp_path / "killed"], env=env)
-        deadline = time.time() + 120
-        while time.time() < deadline and p.poll() is None:
-            try:
-                reached = pd.read_csv(tmp_path / "killed/log.csv").step.iloc[-1]
-            except (FileNotFoundError, pd.errors.EmptyDataError):
-                reached = 0
-            if reached >= at:
-                break
-            time.sleep(0.005)
-        p.send_signal(signal.SIGKILL)
-        kills += p.wait() == -signal.SIGKILL
-    assert kills == 2, "both runs must have been killed before they ended"
+    for batch in ("113", "160"):  # in steps 113 and 260; the first is continued from step 100
+        command = [sys.executable, run, tmp_path / "killed", batch]
+        child = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert child.stdout.readline() == b"drawn\n"
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+    reached = pd.read_csv(tmp_path / "killed/log.csv").step.iloc[-1]
+    assert reached == 240, "it went on from step 100, and was killed after step 250"
     assert not list((tmp_path / "killed").glob(".*checkpoint*"))
     subprocess.run([sys.executable, run, tmp_path / "killed"], check=True, env=env)
     a, b = (load_file(tmp_path / d / "checkpoint/model.safetensors") for d in ("whole", "killed"))

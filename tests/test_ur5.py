@@ -51,15 +51,15 @@ def replay(arm, scene, actions, *, spare, period):
     )
 
 
-@pytest.mark.flaky(reruns=2)
+@pytest.mark.real_time
 @pytest.mark.parametrize("name", NAMES)
-def test_half_a_minute_of_every_task_in_real_time(name, patient, capsys):
+def test_half_a_minute_of_every_task_in_real_time(name, patient, loopback, capsys):
     """What a script does on the twin is done again through the driver, with what is late dropped; as well
     as on the twin."""
     config = TASKS[name].configure()
     period, ticks, scores, late = config.robot.action_seconds, [], [], 0
     words = "dpag.tasks.ur5.task:load_scene", name, config.model_dump_json()
-    with EmulatorProcess("127.0.0.31", *words) as emulator:
+    with EmulatorProcess(loopback(31), *words) as emulator:
         address = f"opencv:http://{emulator.address}:8080"
         cameras = {k: f"{address}/{k}?size={config.size}" for k in ("scene", "wrist")}
         robot = patient(RobotConfig(address=emulator.address, cameras=cameras))
@@ -85,13 +85,13 @@ def test_half_a_minute_of_every_task_in_real_time(name, patient, capsys):
     assert real > twin - (0.4 if name == "ur5_candy" else 0.1)  # candies that are pushed blindly go astray
 
 
-@pytest.mark.flaky(reruns=8)
-def test_the_work_may_lie_anywhere():
+@pytest.mark.real_time
+def test_the_work_may_lie_anywhere(loopback):
     "With an origin, the tip is where the base's frame has the task's place."
     origin = [0.05, -0.1, 0.03, 0, 0, 0.4]
     box = Box((0, -0.6, 0), (1, 0.6, 0.6))
     with (
-        EmulatorProcess("127.0.0.32") as emulator,
+        EmulatorProcess(loopback(32)) as emulator,
         UR(RobotConfig(address=emulator.address, origin=origin), box) as arm,
     ):
         here = arm.observe(images=False).state.tcp
