@@ -109,7 +109,7 @@ CASES = [
     ({"tasks.pusht_img.methods": {"bert": {}}}, ["tasks.pusht_img.methods", "bert"]),
     ({"tasks.dynamic_pusht_kp": {"ball": {"speed": [200, 100]}}}, ["ball.speed", "[lowest, highest]"]),
     ({"tasks.kitchen.expert": {"gain": [2, 1]}}, ["tasks.kitchen.expert.gain", "[lowest, highest]"]),
-    ({"robot.limits": {"speed": 3}}, ["robot.limits", "speed = 3", "looser"]),
+    ({"robot.limits": {"speed": 0.5}}, ["robot.limits", "speed = 0.5", "looser"]),
     ({"trian": {}}, ["trian", "Extra inputs"]),
 ]
 
