@@ -181,6 +181,25 @@ def test_a_wall_is_reached_and_far_from_it_nothing_is_slower():
     assert abs(watch.command.pose[2] - BOX.low[2]) < 1e-6
 
 
+def test_a_turn_that_would_lean_too_far_goes_around(tried):
+    "Between two poses that are tilted as far as is allowed; it arrives."
+    rng, around = np.random.default_rng(3), 0
+    limits = LIMITS.model_copy(update={"turn": 1.0})
+    for _ in range(30):
+        start, end = (pose_at(BOX, [0.5] * 3, (0.3499, *rng.uniform(-3.1, 3.1, 2))) for _ in range(2))
+        way, command = difference(end, start), Command.rest(start, 0.0)
+        around += max(tilt(moved(start, way * share)) for share in np.linspace(0, 1, 20)) > 0.351
+        command = dataclasses.replace(command, target=end)
+        with tried.survived("commands of the arm"):
+            for k in range(700):
+                command = approach(command, limits, k * TICK, TICK, BOX)
+                assert tilt(command.pose) <= limits.tilt
+                if np.linalg.norm(difference(end, command.pose)[3:]) < 1e-4:
+                    break
+            assert k < 699
+    assert around >= 4
+
+
 def test_holding_an_arm_that_moves_and_turns_keeps_the_limits(tried):
     for seed in range(20):
         rng = np.random.default_rng(seed)
