@@ -50,7 +50,7 @@ class Waits:
 
 seed_everything(0)
 policy = build_policy(DPAGConfig(), conftest.small_policy(), conftest.SHAPES, data)
-train = TrainConfig(steps=400, batch_size=16, log_every=20, checkpoint_every=50, device="cpu")
+train = TrainConfig(steps=120, batch_size=16, log_every=5, checkpoint_every=20, device="cpu")
 fit(policy, Waits(), train, seed=0, folder=sys.argv[1], fingerprint="t")
 save_policy(sys.argv[1] + "/checkpoint", policy)
 """
@@ -65,14 +65,14 @@ def script(tmp_path):
 def test_killed_and_resumed_equals_never_killed(tmp_path):
     run, env = script(tmp_path), {**os.environ, "TQDM_DISABLE": "1"}
     subprocess.run([sys.executable, run, tmp_path / "whole"], check=True, env=env)
-    for batch in ("113", "160"):  # in steps 113 and 260; the first is continued from step 100
+    for batch in ("33", "45"):  # in steps 33 and 65; the first is continued from step 20
         command = [sys.executable, run, tmp_path / "killed", batch]
         child = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert child.stdout.readline() == b"drawn\n"
         child.kill()
         assert child.wait() == -signal.SIGKILL
     reached = pd.read_csv(tmp_path / "killed/log.csv").step.iloc[-1]
-    assert reached == 240, "it went on from step 100, and was killed after step 250"
+    assert reached == 60, "it went on from step 20, and was killed after step 60"
     assert not list((tmp_path / "killed").glob(".*checkpoint*"))
     subprocess.run([sys.executable, run, tmp_path / "killed"], check=True, env=env)
     a, b = (load_file(tmp_path / d / "checkpoint/model.safetensors") for d in ("whole", "killed"))
@@ -287,7 +287,7 @@ def test_what_is_drawn_at_a_step_depends_on_seed_and_step_alone(dataset):
 
 def test_training_does_not_load_torchs_compiler(tmp_path):
     "Which would take three seconds."
-    program = script(tmp_path).read_text(encoding="utf-8").replace("steps=400", "steps=3")
+    program = script(tmp_path).read_text(encoding="utf-8").replace("steps=120", "steps=3")
     program += "\nassert 'torch._dynamo' not in sys.modules\n"
     env = {**os.environ, "TQDM_DISABLE": "1"}
     subprocess.run([sys.executable, "-c", program, tmp_path], check=True, env=env)
