@@ -54,6 +54,11 @@ class CellSettings(Strict):
     train: TrainConfig
     evaluate: EvaluateConfig
 
+    @property
+    def units(self) -> dict[str, str]:
+        "The units of observations and actions. A policy says them, and an arm asks before it is driven."
+        return {"length": TASKS[self.task_name].length_unit, "angle": "rad"}
+
 
 def data_settings(task: TaskConfig) -> dict:
     "The part of a task's settings that demonstrations and environment depend on."
