@@ -90,7 +90,7 @@ def type_of(name: str) -> str:
     "The type of a variable or register, `NOT_FOUND` if there is none of that name."
     return VARIABLE_TYPES.get(name, "NOT_FOUND")
 
-
+# %% ../../nbs/hardware/emulator.ipynb #9b0ce8b8
 def input_type(name: str, taken: Set[str] = frozenset()) -> str:
     "The type of what a client may write: `NOT_FOUND` for all but inputs, `IN_USE` for what is `taken`."
     if name in taken:
@@ -104,7 +104,7 @@ def pack_value(name: str, values: dict) -> bytes:
     numbers = np.atleast_1d(values[name]).tolist() if name in values else [0] * int(kind[:-1] or 1)
     return struct.pack(">" + kind, *numbers)
 
-
+# %% ../../nbs/hardware/emulator.ipynb #adc2f742
 class Packed(dict):
     "A state's variables by name, each packed when it is first asked for, for all clients."
 
@@ -121,7 +121,7 @@ def pack(names: list[str], packed: Packed) -> bytes:
     "The values of a recipe's variables."
     return b"".join(packed[name] for name in names)
 
-
+# %% ../../nbs/hardware/emulator.ipynb #34d01214
 def unpack(names: list[str], body: bytes) -> dict:
     "The registers that a recipe sets. Raises ValueError where `body` has another length."
     kinds = [TYPES[type_of(n)] for n in names]
@@ -284,7 +284,7 @@ def reset(motion: Motion, seed: int):
     motion.simulator.data.time = now
     motion.rest()
 
-
+# %% ../../nbs/hardware/emulator.ipynb #9e85dd9d
 def servo(motion: Motion) -> str:
     "One tick towards the commanded point; why that is impossible, or an empty string."
     simulator = motion.simulator
@@ -476,7 +476,7 @@ def checked(name: str, values: np.ndarray, most: float) -> np.ndarray:
         raise ValueError(f"{name} = {values.tolist()}, numbers up to {most:g} are allowed")
     return values
 
-
+# %% ../../nbs/hardware/emulator.ipynb #8618c827
 def pose_of(c: Controller, numbers: np.ndarray) -> np.ndarray:
     "The tip's pose `(6,)` that a client names for its tool. Raises ValueError for what is no pose."
     return c.tool.from_client(checked("pose", numbers, 10.0))
@@ -494,7 +494,7 @@ def report_progress(c: Controller, running: bool):
     operation, count = ((last >> 24) + running) % 128, ((last >> 16 & 0x7F) + 1) % 128
     c.registers["output_int_register_2"] = operation << 24 | count << 16 | running << 15
 
-
+# %% ../../nbs/hardware/emulator.ipynb #f0ee63a7
 def begin_way(c: Controller, goal: np.ndarray, numbers: np.ndarray, joints: bool):
     "Begin a way with a speed and an acceleration: BUSY until it has ended, unless the client does not wait."
     fastest, hardest = (3.14, 40.0) if joints else (3.0, 150.0)
@@ -516,7 +516,7 @@ def find_joints(c: Controller, pose: np.ndarray, near: np.ndarray) -> np.ndarray
             return joints_of(q - 2 * np.pi * np.round((q - guess) / (2 * np.pi)))
     raise ValueError(f"no joint angles lead to the pose {np.round(pose, 4).tolist()}")
 
-
+# %% ../../nbs/hardware/emulator.ipynb #45058af0
 def move_l(c: Controller):
     "`moveL(pose, speed, acceleration)`."
     a = arguments(c, 8)
@@ -550,7 +550,7 @@ def servo_j(c: Controller):
     "`servoJ(q, …)`."
     c.motion.follow(joints_of(arguments(c, 6)), joints=True)
 
-
+# %% ../../nbs/hardware/emulator.ipynb #bddb5de3
 def drift(c: Controller, joints: bool):
     "`speedL(velocity, acceleration, seconds)` or `speedJ`; a second where the client gives no time."
     a = arguments(c, 8)
@@ -585,7 +585,7 @@ def forward_kinematics_of(c: Controller) -> np.ndarray:
     a = arguments(c, 12)
     return to_vector(forward(joints_of(a[:6])) @ to_matrix(checked("tool", a[6:], 10.0)))
 
-
+# %% ../../nbs/hardware/emulator.ipynb #306e48b5
 def inverse_kinematics(c: Controller, near: bool) -> np.ndarray:
     "`getInverseKinematics(pose)`, or with `near` `(pose, angles to search from)`."
     a = arguments(c, 12)
@@ -598,7 +598,7 @@ def has_solution(c: Controller, near: bool) -> int:
         return len(inverse_kinematics(c, near)) == 6
     return 0
 
-
+# %% ../../nbs/hardware/emulator.ipynb #6a0befa0
 def pose_trans(c: Controller) -> np.ndarray:
     "`poseTrans(a, b)`: pose `b` of frame `a`."
     a, b = checked("poses", arguments(c, 12), 10.0).reshape(2, 6)
@@ -668,7 +668,7 @@ def turn(c: Controller, number: int):
     elif c.phase == Phase.READY:
         begin(c, number)
 
-
+# %% ../../nbs/hardware/emulator.ipynb #718f9319
 def obey(c: Controller):
     "One turn of the program's loop, or its end."
     number = c.registers.get("input_int_register_0", Op.CLEARED)
@@ -819,7 +819,7 @@ def names_in(text: bytes) -> list[str]:
         raise ValueError(f"a recipe of {len(names)} names, {MOST_NAMES} are allowed")
     return names
 
-
+# %% ../../nbs/hardware/emulator.ipynb #d8f8f075
 def recipe_answer(letter: str, recipe: int, types: list[str]) -> bytes:
     "A recipe's number and its types; the number is 0 where one of them is refused."
     good = all(t in TYPES for t in types) and bool(types)
@@ -896,7 +896,7 @@ def text_message(sentence: str) -> bytes:
     text, source = sentence.encode()[:255], b"emulator"
     return package("M", bytes([len(text)]) + text + bytes([len(source)]) + source + b"\1")
 
-
+# %% ../../nbs/hardware/emulator.ipynb #546094f6
 async def read_package(client: Client, patience: float | None) -> tuple[str, bytes]:
     "The next package's letter and body. Raises ValueError for one that is shorter than its head."
     size, letter = struct.unpack(">HB", await client.read(3, patience))
@@ -968,7 +968,7 @@ def check_script(text: bytes):
     if b"rtde_cmd" not in text:
         raise ValueError("a script that is not ur_rtde's program: no other is run")
 
-
+# %% ../../nbs/hardware/emulator.ipynb #e7d47269
 async def more_of_script(client: Client, text: bytearray) -> bool | None:
     "Whether more of a script came; None where nothing came for a while. Raises ValueError for too much."
     patience = 0.05 if text else None if client.settled else PATIENCE
@@ -984,7 +984,7 @@ async def more_of_script(client: Client, text: bytearray) -> bool | None:
         raise ValueError(f"a script of more than {LONGEST_SCRIPT} bytes")
     return bool(more)
 
-
+# %% ../../nbs/hardware/emulator.ipynb #0277fd13
 async def serve_scripts(controller: Controller, faults: ServerFaults, client: Client):
     "Port 30003."
     text, quiet = bytearray(), 0.0
@@ -1021,7 +1021,7 @@ def dashboard_answer(controller: Controller, asked: str) -> str:
         return DASHBOARD[asked](controller)
     return f"could not understand: '{asked[:100]}'"
 
-
+# %% ../../nbs/hardware/emulator.ipynb #8a7a396b
 async def serve_dashboard(controller: Controller, client: Client):
     "Port 29999."
     client.send(b"Connected: Universal Robots Dashboard Server\n")
@@ -1041,7 +1041,7 @@ def not_found(why: str) -> bytes:
     "The answer to other requests."
     return f"HTTP/1.0 404 Not Found\r\n\r\n{why}\n".encode()
 
-
+# %% ../../nbs/hardware/emulator.ipynb #5191b80b
 def camera_request(head: bytes, simulator: Simulator) -> tuple[str, int]:
     "The camera and the size in px that an HTTP request asks for. Raises ValueError for others."
     words = head.decode(errors="replace").split()
@@ -1185,7 +1185,7 @@ def drop(o: Operator, which: list[str]):
         raise ValueError("drop, drop control, or drop receive")
     o.rtde.drop(*which)
 
-
+# %% ../../nbs/hardware/emulator.ipynb #17182776
 def push(o: Operator, force: list[str]):
     "Push the flange with `(x, y, z)` N."
     if len(force) != 3:
@@ -1194,7 +1194,7 @@ def push(o: Operator, force: list[str]):
     flange = simulator.model.body("flange").id
     simulator.data.xfrc_applied[flange, :3] = checked("force", np.array(force, float), 1000.0)
 
-
+# %% ../../nbs/hardware/emulator.ipynb #9b6a156b
 def lay(o: Operator, seed: list[str]):
     "Lay the scene out by a seed."
     if len(seed) != 1 or not re.fullmatch("[0-9]{1,9}", seed[0]):
@@ -1299,7 +1299,7 @@ def listen(stream: BinaryIO, orders: queue.Queue[str]):
         orders.put(line.decode(errors="replace").strip())
     orders.put("quit")  # whoever started it is gone
 
-
+# %% ../../nbs/hardware/emulator.ipynb #b9b29037
 def parse_arguments() -> tuple[str, list[str]]:
     "The address, and what names the scene."
     parser = argparse.ArgumentParser(
@@ -1317,7 +1317,7 @@ def parse_arguments() -> tuple[str, list[str]]:
     args = parser.parse_args()
     return args.address, args.scene
 
-
+# %% ../../nbs/hardware/emulator.ipynb #862afa93
 def main():
     """`python -m dpag.robot.emulator [address] [--scene module:callable [arguments]]`; orders are read
     from standard input."""
