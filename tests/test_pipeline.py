@@ -298,8 +298,8 @@ def sleeper(tmp_path, monkeypatch):
     "A program that says its process's id, sleeps, and says how that ended."
     write_text(
         tmp_path / "sleeper.py",
-        "import os, sys, time\nprint(os.getpid(), flush=True)\n"
-        "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    sys.exit(7)\n",
+        "import os, sys, time\ntry:\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    sys.exit(7)\n",
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
 
