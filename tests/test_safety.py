@@ -63,7 +63,7 @@ def many(examples):
     )
 
 
-in_real_time = pytest.mark.flaky(reruns=8)
+in_real_time = pytest.mark.real_time
 
 
 def state_of(command, now, **changes):
