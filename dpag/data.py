@@ -298,8 +298,6 @@ class WindowDataset:
 
     def batch(self, n: int, generator: torch.Generator) -> dict:
         "`n` windows, uniformly, with replacement."
-        if n > len(self):
-            raise ValueError(f"batch_size = {n} must be at most {len(self)}, the windows that there are")
         return self.gather(torch.randint(len(self), (n,), generator=generator, device=self.device))
 
 # %% ../nbs/01_data.ipynb #f59db2bf

@@ -6,7 +6,7 @@
 __all__ = ['ALIGNMENT', 'LOOK_EVERY', 'EMAConfig', 'TrainConfig', 'pick_device', 'learning_rate', 'run_fingerprint',
            'check_fingerprint', 'ema_decay', 'FlatParameters', 'check_layout', 'Run', 'state_checksum', 'save_state',
            'read_state', 'check_kinds', 'load_state', 'draw_batch', 'update', 'train_step', 'first_fault',
-           'check_finite', 'Log', 'plain_fingerprint', 'fit']
+           'check_finite', 'Log', 'plain_fingerprint', 'warn_of_few_windows', 'fit']
 
 # %% ../nbs/08_train.ipynb #056558f8
 import contextlib
@@ -15,6 +15,7 @@ import csv
 import io
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -371,6 +372,16 @@ def plain_fingerprint(model, dataset, settings: TrainConfig) -> str:
     return config.fingerprint(settings, *own, str(model), getattr(dataset, "data_hash", ""))
 
 # %% ../nbs/08_train.ipynb #181422b6
+def warn_of_few_windows(dataset, settings: TrainConfig):
+    "Warn where a batch holds more windows than there are, so that some stand in it twice."
+    n = len(dataset) if hasattr(dataset, "__len__") else math.inf
+    if settings.batch_size > n:
+        where = f"batch_size = {settings.batch_size} of {n} windows"
+        warnings.warn(
+            f"{where}: a batch repeats windows, and the contrastive loss meets copies", stacklevel=3
+        )
+
+
 def fit(
     model: nn.Module,
     dataset,
@@ -389,6 +400,7 @@ def fit(
     aside with a warning: without the resume file the run starts from the beginning. `snapshots[k]` is called
     after step k with a model of the averaged weights."""
     torch.set_num_threads(settings.threads)
+    warn_of_few_windows(dataset, settings)
     if folder is not None:
         sweep(folder)
     run, snapshots = Run(model), snapshots or {}

@@ -436,3 +436,10 @@ def test_no_tree_of_settings_ends_in_a_traceback(tried):
             s.doubts(s.validate(wrong))
 
     attempt()
+
+
+def test_a_batch_larger_than_the_data_is_warned_of(dataset):
+    from dpag.train import warn_of_few_windows
+
+    with pytest.warns(UserWarning, match=f"batch_size = 5000 of {len(dataset)} windows"):
+        warn_of_few_windows(dataset, TrainConfig(batch_size=5000))
