@@ -795,8 +795,6 @@ def test_training_says_the_task_and_the_manual_asks_for_it():
         cells = json.loads(read_text(root() / path))["cells"]
         return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
 
-    assert '"units": {"length": TASKS[task].length_unit, "angle": "rad"}' in code(
-        "nbs/experiments/e02_train.ipynb"
-    )
+    assert '"units": s.units' in code("nbs/experiments/e02_train.ipynb")
     manual = code("nbs/hardware/lab.ipynb")
     assert "policy_for(get_task(task, config), root() / checkpoint)" in manual and "load_policy" not in manual
