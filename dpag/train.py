@@ -381,7 +381,7 @@ def warn_of_few_windows(dataset, settings: TrainConfig):
             f"{where}: a batch repeats windows, and the contrastive loss meets copies", stacklevel=3
         )
 
-
+# %% ../nbs/08_train.ipynb #4b6d20ce
 def fit(
     model: nn.Module,
     dataset,
