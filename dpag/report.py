@@ -52,7 +52,8 @@ def details(jerk: tuple[Column, ...] = (Column("jerk_agent"),)) -> View:
     "Everything that is measured of every task, of what was run; `jerk` are the columns of smoothness."
     scores = (Column(name, interval=True) for name in ("score", "success", "score_minus_dp"))
     times = (Column(name) for name in (*LATENCY, "flow_steps"))
-    return View("measured", (*scores, Column("steps"), *jerk, *times), LABELS)
+    smoother = Column("jerk_agent_to_dp", interval=True)
+    return View("measured", (*scores, Column("steps"), *jerk, smoother, *times), LABELS)
 
 # %% ../nbs/11_report.ipynb #91c28697
 def task_table(

@@ -47,9 +47,11 @@ INFO = {"profile": "laptop", "demos": "scripted", "data_hash": "aaaaaaaaaaaa", "
 def evaluation(results, task, method, seed, score=0.5, run="laptop-scripted", n=4, info=INFO, **columns):
     "Write what an evaluation leaves; the folder."
     folder = results.evaluation(Cell(run, task, method, seed))
-    rows = {"state_seed": range(n), "score": score, "success": 0, "steps": 300, "jerk_agent": 1.0}
+    rows = {"state_seed": range(n), "score": score, "success": 0, "steps": 300}
     folder.mkdir(parents=True)
-    pd.DataFrame({**rows, "jerk_action": 1.0, **columns}).to_csv(folder / "episodes.csv", index=False)
+    pd.DataFrame({**rows, "jerk_agent": 1.0, "jerk_action": 1.0, **columns}).to_csv(
+        folder / "episodes.csv", index=False
+    )
     write_text(folder / "run.json", json.dumps(info))
     return folder
 
@@ -237,6 +239,15 @@ def test_the_majority_keeps_the_cell_and_pairs_with_it(results):
     assert long.loc[("dp", "score"), "n_seeds"] == 2
     assert long.loc[("dp_ag", "score_minus_dp"), "measured"] == pytest.approx(0.1)
     assert ("dp, other settings (s0)", "score_minus_dp") not in long.index
+
+
+def test_the_jerk_of_a_method_is_compared_with_dps_from_the_same_states(results):
+    for method, jerk in (("dp", [1.0, 10.0, 100.0, 0.0]), ("dp_ag", [0.5, 5.0, 50.0, 3.0])):
+        evaluation(results, "pusht_kp", method, 0, jerk_agent=jerk)
+    long = PUSHT.long(Measured(results)).set_index(["method", "metric"])
+    found = long.loc[("dp_ag", "jerk_agent_to_dp"), ["measured", "ci_low", "ci_high"]]
+    assert found.tolist() == pytest.approx([0.5] * 3), "the episode in which DP did not move is left out"
+    assert ("dp", "jerk_agent_to_dp") not in long.index
 
 
 def test_old_provenance_without_a_settings_hash_is_compared_in_what_it_has():
