@@ -85,7 +85,7 @@ PUSHT = task_table(
     "pusht",
     View("methods", paper_columns("pusht"), METHOD),
     details(jerk=(Column("jerk_agent", format=".1f"), Column("jerk_action", format=".1f"))),
-    also=("dynamic_pusht_kp",),
+    also=("dynamic_pusht_kp", "dynamic_pusht_img_small", "dynamic_pusht_kp_small"),
 )
 ROBOMIMIC = task_table(
     "robomimic", View("methods", paper_columns("robomimic"), METHOD), details(), headline="success"

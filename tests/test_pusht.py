@@ -191,7 +191,8 @@ def test_evaluation_never_sees_training_states():
 
 # The tasks.
 
-NAMES = ["pusht_kp", "pusht_img", "dynamic_pusht_kp", "dynamic_pusht_img"]
+SMALL = ["dynamic_pusht_kp_small", "dynamic_pusht_img_small"]
+NAMES = ["pusht_kp", "pusht_img", "dynamic_pusht_kp", "dynamic_pusht_img", *SMALL]
 
 
 def test_settings_need_no_simulator():
@@ -216,15 +217,17 @@ def test_a_task_has_what_its_registration_says(name):
 def test_only_the_authors_have_recorded_the_dynamic_task():
     assert TASKS["dynamic_pusht_kp"].sources == ("scripted",)
     assert TASKS["dynamic_pusht_img"].sources == ("scripted", "authors")
+    assert all(TASKS[name].sources == ("scripted",) for name in SMALL)
 
 
 def test_what_a_task_sets_for_every_method():
     for name in NAMES:
-        config, images = TASKS[name].configure(), name.endswith("img")
+        config, images = TASKS[name].configure(), "_img" in name
         assert config.policy == {"encoder": {"features": "raw" if images else "planar"}}
         assert config.n_demos == (150 if images else 600) and config.max_steps == 300
         assert config.train == ({"steps": 1500, "batch_size": 64, "lr": 0.002} if images else {})
         assert set(config.methods) == ({"lstm_gmm", "bet", "ibc", "flow_policy"} if images else set())
+        assert config.ball.radius == (15 if name in SMALL else 25)
     changed = TASKS["pusht_img"].configure({"methods": {"bet": {"train": {"steps": 9}}}})
     assert changed.methods["bet"] == {"train": {"steps": 9, "batch_size": 48}}
 
