@@ -44,7 +44,7 @@ class UR5Config(TaskConfig):
     speed: Range = (0.05, 0.08)
     "m/s: each episode draws the demonstrator's speed between these."
     error: Annotated[float, Field(ge=0, le=0.05)] = 0.001
-    "m, of the demonstrator: the brush's wobble, where the bar is put down, the guess of the ring or the hole."
+    "m, of the demonstrator: the brush's wobble, where the bar is put down, the guess of ring or hole."
     shake: Annotated[float, Field(ge=0, le=0.05)] = 0.003
     "m, of the arm under the demonstrator: executed, not recorded, so that the way back is recorded."
     robot: RobotConfig = RobotConfig()
@@ -175,7 +175,7 @@ register_ur5 = partial(register_task, config=UR5Config, sources=("scripted", "re
     metrics=MOTION,
     max_steps=200,
     size=96,
-    speed=(0.04, 0.06),
+    speed=(0.03, 0.05),
     error=0.006,
     shake=0.002,
     **{**DEFAULTS, "policy": cut_to(86)},
