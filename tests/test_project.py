@@ -36,7 +36,7 @@ FLOORS = [
     *(f"tasks.pusht.{m}" for m in ("task", "expert", "simulator", "env", "dynamic")),
     *(f"tasks.robomimic.{m}" for m in ("task", "control", "env", "expert", "files")),
     *(f"tasks.kitchen.{m}" for m in ("task", "env", "expert")),
-    *(f"tasks.ur5.{m}" for m in ("env", "painting", "candy", "peg", "demonstrations", "task")),
+    *(f"tasks.ur5.{m}" for m in ("env", "painting", "candy", "peg", "hole", "demonstrations", "task")),
     *(
         "tasks.spirals",
         "rollouts",

@@ -18,10 +18,10 @@ from .peg import ring_xml
 # %% ../../../nbs/tasks/ur5/hole.ipynb #34c7acbe
 PEG, DEPTH, ENOUGH = 0.010, 0.03, 0.02  # m: the peg's radius, the hole's depth, and how deep counts
 
-# %% ../../../nbs/tasks/ur5/hole.ipynb #ea85aaa9
+# %% ../../../nbs/tasks/ur5/hole.ipynb #15f2014a
 def block_xml(radius: float) -> str:
     "A block with a round hole of `radius` m."
-    return ring_xml(radius, n=24, width=0.022, height=DEPTH, colour=".85 .8 .55")
+    return ring_xml(radius, n=24, width=0.022, height=DEPTH, looks='rgba=".85 .8 .55 1"')
 
 # %% ../../../nbs/tasks/ur5/hole.ipynb #49a511dd
 SPRING, DAMPING = (1500, 1500, 2500), 20  # N/m across and along the peg, N s/m

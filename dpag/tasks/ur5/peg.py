@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ROD', 'OPENING', 'WIDTH', 'HEIGHT', 'ENOUGH', 'MOVED', 'REACH', 'MAGENTA', 'BLACK', 'MASS', 'FRICTION', 'LOOKS',
-           'ARM', 'TOP_XML', 'ENDS', 'TOOL_XML', 'MIDDLE', 'SPREAD', 'HEIGHTS', 'SIDE', 'TURN', 'ASSETS_XML',
+           'ARM', 'TOP_XML', 'ENDS', 'HOLDER_XML', 'MIDDLE', 'SPREAD', 'HEIGHTS', 'SIDE', 'TURN', 'ASSETS_XML',
            'TABLE_XML', 'OVER', 'BELOW', 'ROUND', 'REST', 'ring_xml', 'neck_xml', 'stand_xml', 'rod_xml', 'PegInRing',
            'rounded', 'expert']
 
-# %% ../../../nbs/tasks/ur5/peg.ipynb #c218d393
+# %% ../../../nbs/tasks/ur5/peg.ipynb #89392886
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from ...robot.safety import Box
 from ...robot.twin import numbers
@@ -19,32 +20,29 @@ from .env import TaskScene, straight
 
 # %% ../../../nbs/tasks/ur5/peg.ipynb #9d66e1f8
 ROD = (0.01, 0.00925, 0.0085)  # m: the rod's radius in each third, from the arm to its end
-OPENING, WIDTH, HEIGHT = (
-    0.017,
-    0.011,
-    0.01,
-)  # m: the opening's radius, how wide the ring is around it, how high
+OPENING, WIDTH, HEIGHT = 0.017, 0.011, 0.01  # m: the opening's radius, how wide the ring is around it, how high
 ENOUGH = 0.02  # m: how far the rod must look out below the ring
 MOVED = 0.005  # m: a ring that has moved by more is a failure
 
-# %% ../../../nbs/tasks/ur5/peg.ipynb #e4e7db8c
-def ring_xml(radius: float, *, n: int, width: float, height: float, colour: str) -> str:
-    "`n` boxes, from 0 to `height` m, around a round hole of `radius` m."
+# %% ../../../nbs/tasks/ur5/peg.ipynb #3e32a21c
+def ring_xml(radius: float, *, n: int, width: float, height: float, looks: str) -> str:
+    """`n` boxes, `width` m wide and `height` m high, around a round hole of `radius` m. `looks`: their colour
+    and mass, as MJCF."""
     middle = radius + width / 2
     half = np.tan(np.pi / n) * (radius + width)
     return "".join(
         f'<geom type="box" size="{width / 2} {half:.5f} {height / 2}"'
         f' pos="{numbers(middle * np.cos(a), middle * np.sin(a), height / 2)}"'
         f' quat="{numbers(np.cos(a / 2), 0, 0, np.sin(a / 2))}"'
-        f' contype="2" conaffinity="1" rgba="{colour} 1"/>'
+        f' contype="2" conaffinity="1" {looks}/>'
         for a in 2 * np.pi * np.arange(n) / n
     )
 
-# %% ../../../nbs/tasks/ur5/peg.ipynb #bfddbe56
+# %% ../../../nbs/tasks/ur5/peg.ipynb #dfe2029e
 REACH = 0.075  # m from the column to the ring's middle
 MAGENTA, BLACK = ".75 .1 .45", ".09 .09 .1"
 MASS = (1.5, 0.15)  # kg: of the foot, and of what it carries
-FRICTION = 0.6  # of the stand's feet on the table
+FRICTION = 0.6  # of the feet on the table
 
 
 def neck_xml(top: float = 0.025, bottom: float = 0.011, height: float = 0.05) -> str:
@@ -68,7 +66,7 @@ TOP_XML = (
     f' mass="0" contype="2" conaffinity="1" rgba="{BLACK} 1"/>'
 )
 
-# %% ../../../nbs/tasks/ur5/peg.ipynb #61791835
+# %% ../../../nbs/tasks/ur5/peg.ipynb #89d13120
 def stand_xml() -> str:
     "A stand with a ring, free to move. Its frame: x towards the ring, z up from the table."
     feet = "".join(
@@ -77,19 +75,18 @@ def stand_xml() -> str:
         for x in (-0.055, 0.055)
         for y in (-0.055, 0.055)
     )
-    ring = ring_xml(OPENING, n=16, width=WIDTH, height=HEIGHT, colour=BLACK).replace(
-        "<geom", '<geom mass="0"'
-    )
+    looks = f'mass="0" rgba="{BLACK} 1"'
+    ring = ring_xml(OPENING, n=16, width=WIDTH, height=HEIGHT, looks=looks)
     return (
         '<body name="stand"><freejoint name="stand"/>'
         f'<geom type="box" size=".06 .06 .008" pos="0 0 .014" mass="{MASS[0]}" contype="0" conaffinity="0"'
         f' rgba="{MAGENTA} 1"/>{feet}'
         f'<body name="top" pos="0 0 .15">{TOP_XML}'
-        f'<body name="ring" pos="{REACH} 0 0">{ring}<site name="ring" pos="0 0 0" rgba="0 0 0 0"/></body>'
+        f'<body name="ring" pos="{REACH} 0 0">{ring}<site name="ring" rgba="0 0 0 0"/></body>'
         "</body></body>"
     )
 
-# %% ../../../nbs/tasks/ur5/peg.ipynb #da6f5341
+# %% ../../../nbs/tasks/ur5/peg.ipynb #661f8353
 ENDS = (0.045, 0.09, 0.12, 0.15)  # m from the flange: where the rod's thirds begin and end
 
 
@@ -101,8 +98,8 @@ def rod_xml() -> str:
         for r, a, b in zip(ROD, ENDS, ENDS[1:])
     )
 
-
-TOOL_XML = (
+# %% ../../../nbs/tasks/ur5/peg.ipynb #0c6a32bf
+HOLDER_XML = (
     '<geom class="arm" type="cylinder" size=".022" fromto="0 0 0 0 0 .045" mass=".1"/>'
     '<site name="tip" pos="0 0 .15" size=".002" rgba="0 0 0 0"/>'
     '<camera name="wrist" pos="-.085 -.035 .02" xyaxes="0 1 0 .85 0 -.53" fovy="68"/>'
@@ -121,11 +118,11 @@ TABLE_XML = (
     '<geom type="box" size=".4 .5 .0005" pos=".45 0 .0005" contype="0" conaffinity="0" material="sheet"/>'
 )
 
-# %% ../../../nbs/tasks/ur5/peg.ipynb #ec5066a3
+# %% ../../../nbs/tasks/ur5/peg.ipynb #00506b6f
 class PegInRing(TaskScene):
     "A rigid rod, and a ring on a stand that is free to move."
 
-    tool = TOOL_XML + rod_xml()
+    tool = HOLDER_XML + rod_xml()
     assets = ASSETS_XML + neck_xml()
     bodies = TABLE_XML + stand_xml()
     start = (0.45, 0.0, 0.27, np.pi, 0.0, 0.0)
@@ -138,9 +135,7 @@ class PegInRing(TaskScene):
         at = simulator.model.joint("stand").qposadr[0]
         place = (x - REACH * np.cos(yaw), y - REACH * np.sin(yaw), 0)
         simulator.data.qpos[at : at + 7] = (*place, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2))
-        self.ring = np.array(
-            [x, y, simulator.model.body("top").pos[2]]
-        )  # its lower face, as it was put there
+        self.ring = np.array([x, y, simulator.model.body("top").pos[2]])  # its lower face, as it was put there
         self.simulator, self.deepest, self.most_moved = simulator, 0.0, 0.0
 
     def tick(self, simulator, dt):
@@ -166,7 +161,7 @@ class PegInRing(TaskScene):
     def done(self) -> bool:
         return self.success()
 
-# %% ../../../nbs/tasks/ur5/peg.ipynb #0b986722
+# %% ../../../nbs/tasks/ur5/peg.ipynb #157d2334
 OVER = 0.025  # m above the ring's upper face
 BELOW = 0.026  # m below its lower one, at the end
 ROUND = 7  # actions over which corners of the way are rounded
@@ -176,8 +171,7 @@ REST = 8  # actions at the end
 def rounded(way: np.ndarray, start: np.ndarray, n: int = ROUND) -> np.ndarray:
     "The way `(T, k)` from `start` `(k,)` with rounded corners, `(T + n, k)`: means of `n` actions at a time."
     longer = np.concatenate([np.tile(start, (n, 1)), way, np.tile(way[-1], (n, 1))])
-    sums = np.cumsum(longer, axis=0)
-    return ((sums[n:] - sums[:-n]) / n)[1:]
+    return sliding_window_view(longer, n, axis=0).mean(-1)[1:]
 
 # %% ../../../nbs/tasks/ur5/peg.ipynb #787cf25d
 def expert(
