@@ -1,5 +1,5 @@
-"""The rod and the ring on its stand, and the tight hole: where things lie, what counts as success, what moves, and
-the scripts."""
+"""The rod and the ring on its stand, and the tight hole: where things lie, what counts as success, what
+moves, and the scripts."""
 
 import json
 
