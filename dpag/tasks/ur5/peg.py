@@ -20,7 +20,11 @@ from .env import TaskScene, straight
 
 # %% ../../../nbs/tasks/ur5/peg.ipynb #9d66e1f8
 ROD = (0.01, 0.00925, 0.0085)  # m: the rod's radius in each third, from the arm to its end
-OPENING, WIDTH, HEIGHT = 0.017, 0.011, 0.01  # m: the opening's radius, how wide the ring is around it, how high
+OPENING, WIDTH, HEIGHT = (
+    0.017,
+    0.011,
+    0.01,
+)  # m: the opening's radius, how wide the ring is around it, how high
 ENOUGH = 0.02  # m: how far the rod must look out below the ring
 MOVED = 0.005  # m: a ring that has moved by more is a failure
 
@@ -135,7 +139,9 @@ class PegInRing(TaskScene):
         at = simulator.model.joint("stand").qposadr[0]
         place = (x - REACH * np.cos(yaw), y - REACH * np.sin(yaw), 0)
         simulator.data.qpos[at : at + 7] = (*place, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2))
-        self.ring = np.array([x, y, simulator.model.body("top").pos[2]])  # its lower face, as it was put there
+        self.ring = np.array(
+            [x, y, simulator.model.body("top").pos[2]]
+        )  # its lower face, as it was put there
         self.simulator, self.deepest, self.most_moved = simulator, 0.0, 0.0
 
     def tick(self, simulator, dt):
