@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROD', 'OPENING', 'WIDTH', 'HEIGHT', 'ENOUGH', 'MOVED', 'REACH', 'MAGENTA', 'BLACK', 'MASS', 'FRICTION', 'LOOKS',
-           'ARM', 'TOP_XML', 'ENDS', 'HOLDER_XML', 'MIDDLE', 'SPREAD', 'HEIGHTS', 'SIDE', 'TURN', 'ASSETS_XML',
-           'TABLE_XML', 'OVER', 'BELOW', 'ROUND', 'REST', 'ring_xml', 'neck_xml', 'stand_xml', 'rod_xml', 'PegInRing',
+           'ARM', 'TOP_XML', 'ENDS', 'HOLDER_XML', 'MIDDLE', 'SPREAD', 'HEIGHTS', 'SIDE', 'TURN', 'SKY_XML',
+           'CAMERA_XML', 'OVER', 'BELOW', 'ROUND', 'REST', 'ring_xml', 'neck_xml', 'stand_xml', 'rod_xml', 'PegInRing',
            'rounded', 'expert']
 
 # %% ../../../nbs/tasks/ur5/peg.ipynb #89392886
@@ -113,22 +113,16 @@ HOLDER_XML = (
 MIDDLE, SPREAD = (0.45, 0.0), (0.05, 0.07)  # m: where the ring is, and how far from there it may be
 HEIGHTS = (0.15, 0.2)  # m: of the ring's lower face
 SIDE, TURN = -np.pi / 2, 0.5  # rad: to which side the ring sticks out, and how far off that may be
-ASSETS_XML = (
-    '<texture type="skybox" builtin="flat" rgb1=".85 .85 .88" rgb2=".85 .85 .88" width="8" height="8"/>'
-    '<material name="sheet" rgba=".93 .89 .9 1" emission=".35" specular="0"/>'
-)
-TABLE_XML = (
-    '<camera name="scene" pos="1.0 0 .36" xyaxes="0 1 0 -.29 0 .957" fovy="36"/>'
-    '<geom type="box" size=".4 .5 .0005" pos=".45 0 .0005" contype="0" conaffinity="0" material="sheet"/>'
-)
+SKY_XML = '<texture type="skybox" builtin="flat" rgb1=".85 .85 .88" rgb2=".85 .85 .88" width="8" height="8"/>'
+CAMERA_XML = '<camera name="scene" pos="1.0 0 .36" xyaxes="0 1 0 -.29 0 .957" fovy="36"/>'
 
 # %% ../../../nbs/tasks/ur5/peg.ipynb #00506b6f
 class PegInRing(TaskScene):
     "A rigid rod, and a ring on a stand that is free to move."
 
     tool = HOLDER_XML + rod_xml()
-    assets = ASSETS_XML + neck_xml()
-    bodies = TABLE_XML + stand_xml()
+    assets = SKY_XML + neck_xml()
+    bodies = CAMERA_XML + stand_xml()
     start = (0.45, 0.0, 0.27, np.pi, 0.0, 0.0)
     box = Box((0.37, -0.1, 0.11), (0.53, 0.1, 0.3))
 
