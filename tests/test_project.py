@@ -16,7 +16,7 @@ from dpag.policy import Policy
 from dpag.rollouts import Protocol, rollout
 from dpag.tasks.base import get_task
 
-ROBOT = ("kinematics", "safety", "arm", "twin", "emulator", "cameras", "ur", "recorder", "drive", "teleop")
+ROBOT = ("kinematics", "safety", "arm", "cameras", "twin", "emulator", "ur", "recorder", "drive", "teleop")
 METHODS = ("toy", "dp", "dp_ag", "lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow")
 FLOORS = [
     *(
