@@ -16,7 +16,7 @@ from dpag.policy import Policy
 from dpag.rollouts import Protocol, rollout
 from dpag.tasks.base import get_task
 
-ROBOT = ("kinematics", "safety", "arm", "twin", "emulator", "cameras", "ur", "recorder", "drive", "teleop")
+ROBOT = ("kinematics", "safety", "arm", "cameras", "twin", "emulator", "ur", "recorder", "drive", "teleop")
 METHODS = ("toy", "dp", "dp_ag", "lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow")
 FLOORS = [
     *(
@@ -36,7 +36,7 @@ FLOORS = [
     *(f"tasks.pusht.{m}" for m in ("task", "expert", "simulator", "env", "dynamic")),
     *(f"tasks.robomimic.{m}" for m in ("task", "control", "env", "expert", "files")),
     *(f"tasks.kitchen.{m}" for m in ("task", "env", "expert")),
-    *(f"tasks.ur5.{m}" for m in ("env", "painting", "candy", "peg", "demonstrations", "task")),
+    *(f"tasks.ur5.{m}" for m in ("env", "painting", "candy", "peg", "hole", "demonstrations", "task")),
     *(
         "tasks.spirals",
         "rollouts",

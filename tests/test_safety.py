@@ -778,7 +778,7 @@ def test_a_policy_that_does_not_say_whose_it_is_does_not_drive(tried, checkpoint
 
 def test_a_policy_of_other_images_does_not_drive(tried, checkpoints):
     small = get_task("ur5_peg", TASKS["ur5_peg"].configure({"size": 32}))
-    with tried.refused("policies that drive", ValueError, match="trained for .*64.*ur5_peg has .*32"):
+    with tried.refused("policies that drive", ValueError, match="trained for .*96.*ur5_peg has .*32"):
         policy_for(small, checkpoints["ur5_peg"])
 
 

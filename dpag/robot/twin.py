@@ -109,13 +109,13 @@ VISUAL_XML = (
 # %% ../../nbs/hardware/twin.ipynb #df5c3d28
 def scene_xml(tool: str, bodies: str, assets: str = "", timestep: float = 0.002) -> str:
     """A scene in MJCF: the arm with `tool` at the origin of a table, and `bodies` around it, made of
-    `assets`. `tool` must have a site called tip."""
+    `assets`. `tool` must have a site called tip. The arm's joints come first, then those of `bodies`."""
     return (
         '<mujoco><compiler autolimits="true" angle="radian"/>'
         f'<option timestep="{timestep}" integrator="implicitfast"/>'
         f"<visual>{VISUAL_XML}</visual><asset>{TABLE_TEXTURE_XML}{assets}</asset>"
         f"<default>{DEFAULTS_XML}</default>"
-        f"<worldbody>{TABLE_XML}\n{bodies}{arm_xml(tool)}</worldbody>"
+        f"<worldbody>{TABLE_XML}\n{arm_xml(tool)}{bodies}</worldbody>"
         f"<actuator>{actuators_xml()}</actuator><sensor>{SENSORS_XML}</sensor></mujoco>"
     )
 
