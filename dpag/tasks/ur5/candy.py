@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LONG', 'WIDE', 'TALL', 'RADIUS', 'INNER', 'PRONG', 'THICK', 'TIPS', 'SQUARE', 'TAPE', 'GOAL', 'BACK', 'FIELD', 'GAP',
-           'MASS', 'FRICTION', 'SUBSTEPS', 'BLACK', 'STILL', 'CAMERA_XML', 'COLOURS', 'RIM', 'LANE', 'HOVER', 'DOWN',
-           'ROOM', 'END', 'PATIENCE', 'candy_poses', 'candy', 'fork_bars', 'bar_shape', 'Candies', 'tool_xml',
-           'table_xml', 'candy_xml', 'draw_at', 'CandyPush', 'gathered', 'lane', 'towards', 'destination', 'expert']
+           'MASS', 'FRICTION', 'SUBSTEPS', 'BLACK', 'STILL', 'CAMERA_XML', 'COLOURS', 'RIM', 'LANE', 'RAMP', 'HOVER',
+           'DOWN', 'ROOM', 'END', 'PATIENCE', 'candy_poses', 'candy', 'fork_bars', 'bar_shape', 'Candies', 'tool_xml',
+           'table_xml', 'candy_xml', 'draw_at', 'CandyPush', 'gathered', 'lane', 'towards', 'left_behind',
+           'destination', 'expert']
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #efdebcc5
 from collections.abc import Iterator
@@ -24,13 +25,13 @@ LONG, WIDE, TALL, RADIUS = (
     0.012,
     0.01,
 )  # m: two candies' sides, their height, the round one's radius
-INNER, PRONG, THICK = 0.066, 0.05, 0.008  # m: the fork's inner width, how long and how thick its prongs are
+INNER, PRONG, THICK = 0.07, 0.05, 0.008  # m: the fork's inner width, how long and how thick its prongs are
 TIPS = PRONG + THICK / 2  # m from the middle of the fork's back to the ends of its prongs
 SQUARE, TAPE = 0.07, 0.006  # m: the square's inner side, the tape's width
 GOAL = np.array([0.45, 0.135])  # m: the square's middle
 BACK = GOAL[1] - SQUARE / 2 - 0.03  # m, y: the fork has backed off
-FIELD = ((0.38, 0.52), (-0.16, 0.01))  # m, x and y: where candies lie at first
-GAP = 0.05  # m, along y, from one candy to the next: one sweep has room to move aside between them
+FIELD = ((0.39, 0.51), (-0.175, 0.01))  # m, x and y: where candies lie at first
+GAP = 0.055  # m, along y, from one candy to the next: one sweep has room to move aside between them
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #578b018f
 def candy_poses(rng: np.random.Generator) -> np.ndarray:
@@ -194,7 +195,7 @@ class CandyPush(TaskScene):
 
     tool = tool_xml()
     bodies = CAMERA_XML + table_xml() + "".join(candy_xml(i) for i in range(3))
-    start = (0.45, -0.2, 0.04, np.pi, 0.0, 0.0)
+    start = (0.45, -0.22, 0.04, np.pi, 0.0, 0.0)
     box = Box((0.3, -0.3, 0.002), (0.6, 0.16, 0.12))
 
     def reset(self, simulator, rng):
@@ -227,7 +228,7 @@ def gathered(scene: CandyPush) -> np.ndarray:
     return (between | at_the_ends) & (ahead > 0) & (scene.tip[2] < TALL)
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #d7a3b5e8
-LANE = 0.014  # m from the fork's middle
+LANE, RAMP = 0.01, 0.01  # m from the middle; in full where candies are so far beside each other
 
 
 def lane(scene: CandyPush, first: int, later: list[int], has: np.ndarray) -> float:
@@ -243,7 +244,7 @@ def lane(scene: CandyPush, first: int, later: list[int], has: np.ndarray) -> flo
         low, high = sorted(np.flatnonzero(has), key=lambda i: tops[i])
         one_behind_the_other = abs(x[low] - x[high]) < 0.01
         side = place - x[has].mean() if one_behind_the_other else x[low] - x[high]
-    return LANE * float(np.sign(side))
+    return LANE * float(np.clip(side / RAMP, -1, 1))
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #7be24c90
 HOVER, DOWN = 0.04, 0.006  # m
@@ -267,10 +268,15 @@ def towards(scene: CandyPush, at: np.ndarray, i: int, x: float) -> np.ndarray:
     return np.array([x, min(y, END), DOWN])
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #a8d4f6c1
+def left_behind(scene: CandyPush) -> bool:
+    "Does the fork no longer touch a candy with its back?"
+    return bool(scene.candies.bounds()[:, 0, 1].min() > scene.tip[1] + THICK / 2 + 0.004)
+
+
 def destination(scene: CandyPush, at: np.ndarray, error: np.ndarray) -> np.ndarray:
     "Where the tip `(3,)` m, commanded to be `at` now, should go; it aims `error` `(3,)` m beside each candy."
     inside, has = scene.candies.inside(), gathered(scene)
-    if inside.all():
+    if inside.all() and (scene.tip[1] > END - 0.003 or left_behind(scene)):
         return np.array([at[0], BACK - 0.01, DOWN])
     order = np.argsort(scene.candies.poses[:, 1])
     left = [int(i) for i in order if not (has[i] or inside[i])]

@@ -161,10 +161,15 @@ register_ur5 = partial(register_task, config=UR5Config, sources=("scripted", "re
     "ur5_candy",
     title="UR5 candy push",
     metrics=MOTION,
-    max_steps=400,
-    speed=(0.06, 0.09),
-    error=0.003,
-    **DEFAULTS,
+    max_steps=250,
+    speed=(0.045, 0.06),
+    error=0.002,
+    shake=0.005,
+    size=96,
+    **{
+        **DEFAULTS,
+        "policy": {**DEFAULTS["policy"], "encoder": {"features": "raw", "camera": {"crop": 84}}},
+    },
 )
 @register_ur5("ur5_paint_heart", title="UR5 painting, heart", metrics=(IOU, *MOTION), **DEFAULTS)
 @register_ur5("ur5_paint_circle", title="UR5 painting, circle", metrics=(IOU, *MOTION), **DEFAULTS)
