@@ -19,12 +19,8 @@ from ...robot.safety import Box
 from .env import TaskScene
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #302a5f5a
-LONG, WIDE, TALL, RADIUS = (
-    0.03,
-    0.02,
-    0.012,
-    0.01,
-)  # m: two candies' sides, their height, the round one's radius
+LONG, WIDE, TALL = 0.03, 0.02, 0.012  # m: two candies
+RADIUS = 0.01  # m, of the round one, which is as tall
 INNER, PRONG, THICK = 0.07, 0.05, 0.008  # m: the fork's inner width, how long and how thick its prongs are
 TIPS = PRONG + THICK / 2  # m from the middle of the fork's back to the ends of its prongs
 SQUARE, TAPE = 0.07, 0.006  # m: the square's inner side, the tape's width
