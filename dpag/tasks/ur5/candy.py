@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LONG', 'WIDE', 'TALL', 'RADIUS', 'INNER', 'PRONG', 'THICK', 'TIPS', 'SQUARE', 'TAPE', 'GOAL', 'NEAR', 'BACK', 'FIELD',
-           'GAP', 'MASS', 'FRICTION', 'SUBSTEPS', 'BLACK', 'STILL', 'CAMERA_XML', 'COLOURS', 'RIM', 'LANE', 'RAMP',
-           'HOVER', 'DOWN', 'ROOM', 'END', 'PATIENCE', 'candy_poses', 'candy', 'fork_bars', 'bar_shape', 'Candies',
-           'tool_xml', 'table_xml', 'candy_xml', 'draw_at', 'CandyPush', 'gathered', 'lane', 'towards', 'destination',
-           'expert']
+           'GAP', 'MASS', 'FRICTION', 'SUBSTEPS', 'BLACK', 'STILL', 'CAMERA_XML', 'COLOURS', 'RIM', 'EDGE', 'MOUTH',
+           'ASIDE', 'LANE', 'RAMP', 'HOVER', 'DOWN', 'ROOM', 'END', 'PATIENCE', 'candy_poses', 'candy', 'fork_bars',
+           'bar_shape', 'Candies', 'tool_xml', 'table_xml', 'candy_xml', 'draw_at', 'CandyPush', 'gathered', 'lane',
+           'towards', 'destination', 'expert']
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #efdebcc5
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ import numpy as np
 import pymunk
 
 from ...robot.safety import Box
+from ...robot.twin import Simulator
 from .env import TaskScene
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #302a5f5a
@@ -176,7 +177,7 @@ def candy_xml(i: int) -> str:
     return f'<body name="candy{i}" mocap="true" pos="0 0 -1">{geoms}</body>'
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #c04b7c1e
-def draw_at(simulator, name: str, pose: np.ndarray):
+def draw_at(simulator: Simulator, name: str, pose: np.ndarray):
     "Show the body `name` on the table at `pose` `(3,)`: x, y m and an angle. No physics depends on it."
     model, data = simulator.model, simulator.data
     c, s = np.cos(pose[2]), np.sin(pose[2])
@@ -217,12 +218,15 @@ class CandyPush(TaskScene):
         return self.success()
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #40673751
+EDGE, MOUTH, ASIDE = 0.004, 0.008, 0.012  # m: inside the prongs' ends, before them, and from a prong
+
+
 def gathered(scene: CandyPush) -> np.ndarray:
     "Which candies the lowered fork has, `(3,)`."
     aside, ahead = (scene.candies.poses[:, :2] - scene.tip[:2]).T
-    between = (np.abs(aside) < INNER / 2) & (ahead < TIPS - 0.004)
-    at_the_ends = (np.abs(aside) < INNER / 2 - 0.012) & (ahead < TIPS + 0.008)
-    return (between | at_the_ends) & (ahead > 0) & (scene.tip[2] < TALL)
+    between = (np.abs(aside) < INNER / 2) & (ahead < TIPS - EDGE)
+    at_the_mouth = (np.abs(aside) < INNER / 2 - ASIDE) & (ahead < TIPS + MOUTH)
+    return (between | at_the_mouth) & (ahead > 0) & (scene.tip[2] < TALL)
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #d7a3b5e8
 LANE, RAMP = 0.01, 0.01  # m from the middle; in full where candies are so far beside each other
@@ -244,7 +248,7 @@ def lane(scene: CandyPush, first: int, later: list[int], has: np.ndarray) -> flo
     return LANE * float(np.clip(side / RAMP, -1, 1))
 
 # %% ../../../nbs/tasks/ur5/candy.ipynb #7be24c90
-HOVER, DOWN = 0.04, 0.006  # m
+HOVER, DOWN = 0.04, 0.006  # m, z
 ROOM = 0.02  # m between the prongs' ends and a candy's middle before the fork moves aside
 END = NEAR + 0.008  # m, y: no push goes farther
 
@@ -256,7 +260,7 @@ def towards(scene: CandyPush, at: np.ndarray, i: int, x: float) -> np.ndarray:
     if scene.tip[2] >= TALL:
         off = np.hypot(x - at[0], before - at[1])
         return np.array([x, before, np.clip(DOWN + off - 0.005, DOWN, HOVER)])
-    if y - scene.tip[1] < TIPS - 0.004:
+    if y - scene.tip[1] < TIPS - EDGE:
         return np.array([at[0], at[1], HOVER])
     if at[1] < before - 0.002:
         return np.array([at[0], before, DOWN])
