@@ -151,7 +151,7 @@ def table_xml() -> str:
     off, half = (SQUARE + TAPE) / 2, SQUARE / 2 + TAPE
     strips = [(s * off, 0, TAPE / 2, half) for s in (-1, 1)] + [(0, s * off, half, TAPE / 2) for s in (-1, 1)]
     return top + "".join(
-        f'<geom type="box" pos="{GOAL[0] + x} {GOAL[1] + y} .0006" size="{a} {b} .0004" {STILL}'
+        f'<geom type="plane" pos="{GOAL[0] + x} {GOAL[1] + y} .001" size="{a} {b} .1" {STILL}'
         ' rgba="1 .72 .05 1"/>'
         for x, y, a, b in strips
     )
