@@ -145,7 +145,8 @@ def test_no_candy_goes_through_the_fork_at_the_guards_speed(seed):
     "Wild strokes about the gathered candies: none is squeezed into a bar, or through one."
     rng = np.random.default_rng(seed)
     candies = Candies(
-        np.array([[0.435, 0.03, 0.1], [0.468, 0.03, 1.4], [0.45, 0.06, 0]]) + rng.uniform(-0.001, 0.001, (3, 3))
+        np.array([[0.435, 0.03, 0.1], [0.468, 0.03, 1.4], [0.45, 0.06, 0]])
+        + rng.uniform(-0.001, 0.001, (3, 3))
     )
     assert drag(candies, [(0.45, 0.0), (0.45, 0.02)], FASTEST) < 0.001
     has, way = between_prongs(candies), [np.array(candies.last)]

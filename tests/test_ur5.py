@@ -83,7 +83,7 @@ def test_half_a_minute_of_every_task_in_real_time(name, patient, loopback, capsy
         print(f"\n{name}: {sum(ticks):.0f} s, {len(scores)} times; score {real:.2f}, on the twin {twin:.2f}")
         print(f"p50 {p50:.2f} ms, p99 {p99:.2f} ms, longest {ms.max():.1f} ms; {late} actions late")
     assert abs(p50 - 8) < 0.2
-    assert real > twin - (0.4 if name == "ur5_candy" else 0.1)  # candies that are pushed blindly go astray
+    assert real > twin - 0.1
 
 
 @pytest.mark.real_time
