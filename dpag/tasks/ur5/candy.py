@@ -194,7 +194,7 @@ class CandyPush(TaskScene):
     tool = tool_xml()
     bodies = CAMERA_XML + table_xml() + "".join(candy_xml(i) for i in range(3))
     start = (0.45, -0.22, 0.04, np.pi, 0.0, 0.0)
-    box = Box((0.3, -0.3, 0.002), (0.6, 0.16, 0.12))
+    box = Box((0.3, -0.3, 0.002), (0.6, 0.18, 0.12))
 
     def reset(self, simulator, rng):
         self.candies, self.tip = Candies(candy_poses(rng)), np.array(self.start[:3])
