@@ -93,12 +93,14 @@ def plot_distribution(episodes: pd.DataFrame) -> Figure:
 
 # %% ../nbs/11_plots.ipynb #4e9d5515
 def plot_spirals(runs: pd.DataFrame) -> Figure:
-    "Each seed's pair of errors, joined by a line; `runs` has method, train_seed and mse."
-    fig, ax = plt.subplots(figsize=(3.4, 3))
-    wide = runs.pivot(index="train_seed", columns="method", values="mse")[list(SPIRAL_MODELS)]
-    ax.plot([0, 1], wide.to_numpy().T, c="0.75", lw=1)
-    for i, model in enumerate(SPIRAL_MODELS):
-        ax.plot(np.full(len(wide), i), wide[model], "o", c=method_color(model))
-    ax.set_xticks([0, 1], list(SPIRAL_MODELS.values()))
-    ax.set(ylabel="MSE, held-out spirals", xlim=(-0.4, 1.4), ylim=(0, None))
+    "Each seed's errors, joined by a line; `runs` has method, train_seed and mse."
+    wide = runs.pivot(index="train_seed", columns="method", values="mse")
+    models = [model for model in SPIRAL_MODELS if model in wide]
+    fig, ax = plt.subplots(figsize=(1 + 0.9 * len(models), 3))
+    ax.semilogy(range(len(models)), wide[models].to_numpy().T, c="0.8", lw=1)
+    for i, model in enumerate(models):
+        ax.plot(np.full(len(wide), i), wide[model], "o", ms=4, c=method_color(model))
+    ax.set_xticks(range(len(models)), [SPIRAL_MODELS[m].replace(": ", ":\n") for m in models])
+    ax.tick_params(axis="x", labelsize=7, rotation=20)
+    ax.set(ylabel="MSE, held-out spirals")
     return fig

@@ -28,8 +28,26 @@ from .stats import COLUMNS, bootstrap_mean, clopper_pearson, matrix, paired_diff
 from .tasks.base import TASKS, Metric
 
 # %% ../nbs/10_tables.ipynb #a237332e
-SPIRAL_MODELS = {"base_flow": "Base Flow", "vjp_flow": "VJP-Guided Flow"}
-_SPIRAL_COLORS = {"base_flow": "#4c72b0", "vjp_flow": "#dd8452"}
+SPIRAL_MODELS = {
+    "base_flow": "Base Flow: z drawn",
+    "vjp_flow": "VJP-Guided Flow",
+    "mean_flow": "control: z = μ",
+    "plain_flow": "plain: z = μ, no KL",
+    "drift_flow": "SDE along the VJP",
+    "residual_flow": "residual guidance",
+    "learned_flow": "learned correction",
+    "plain_flow_long": "plain, trained longer",
+}
+_SPIRAL_COLORS = {
+    "base_flow": "#4c72b0",
+    "vjp_flow": "#dd8452",
+    "mean_flow": "#55a868",
+    "plain_flow": "#8c8c8c",
+    "drift_flow": "#8172b3",
+    "residual_flow": "#c44e52",
+    "learned_flow": "#937860",
+    "plain_flow_long": "#4d4d4d",
+}
 
 
 def method_title(method: str) -> str:
