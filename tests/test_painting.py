@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from dpag.robot.safety import RobotConfig
-from dpag.tasks.base import TASKS, get_task
 from dpag.tasks.ur5 import painting
 from dpag.tasks.ur5.env import ArmEnv
 from dpag.tasks.ur5.painting import AXIS, CELL, CELLS, COVERED, FILM, Paste, Print, overlap
@@ -201,12 +200,3 @@ def test_both_cameras_see_the_paste():
     for camera in ("scene", "wrist"):
         yellow = [(o[camera][..., 2] < 100) & (o[camera][..., 0] > 130) for o in (before, after)]
         assert yellow[0].mean() > 0.01 and yellow[1].mean() < yellow[0].mean() / 4
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_settings(shape):
-    config = TASKS[f"ur5_paint_{shape}"].configure()
-    assert (config.size, config.max_steps, config.n_demos) == (96, 350, 40)
-    assert (config.speed, config.error, config.shake) == ((0.13, 0.15), 0.001, 0.002)
-    assert config.policy["encoder"] == {"features": "raw", "camera": {"crop": 86}}
-    assert get_task(f"ur5_paint_{shape}").shapes.obs["scene"] == (96, 96, 3)

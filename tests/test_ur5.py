@@ -38,12 +38,12 @@ def on_the_twin(name, config, seed):
     return scene, perform(twin, scene, actions, config.robot.action_seconds)["action"]
 
 
-def replay(arm, scene, actions, *, spare, period):
+def replay(arm, scene, actions, *, spare, period, size):
     "Let the recorded actions drive, as a policy's would."
     policy = Replay(actions, spare=spare)
 
     def act(recent):
-        assert recent[-1]["scene"].shape == recent[-1]["wrist"].shape == (64, 64, 3)
+        assert recent[-1]["scene"].shape == recent[-1]["wrist"].shape == (size, size, 3)
         return policy(recent)
 
     return drive(
@@ -70,7 +70,7 @@ def test_half_a_minute_of_every_task_in_real_time(name, patient, loopback, capsy
             emulator.order("recover")
             emulator.order(f"lay {seed}")
             with open_arm(make_scene(name, config), robot, config.size) as arm:
-                run = replay(arm, make_scene(name, config), actions, spare=2, period=period)
+                run = replay(arm, make_scene(name, config), actions, spare=2, period=period, size=config.size)
             assert run.reason == "done"
             ticks += arm.stream.ticks
             late += run.late
@@ -116,7 +116,10 @@ SHARED = {
     "error": 0.001,
     "shake": 0.003,
 }
+PAINTING = {"size": 96, "max_steps": 350, "n_demos": 40, "speed": (0.13, 0.15), "shake": 0.002}
 CHANGED = {
+    "ur5_paint_circle": PAINTING,
+    "ur5_paint_heart": PAINTING,
     "ur5_candy": {"speed": (0.06, 0.09), "error": 0.003, "max_steps": 400},
     "ur5_peg": {"error": 0.002, "shake": 0.001, "max_steps": 120},
 }
@@ -126,7 +129,8 @@ CHANGED = {
 def test_the_settings_with_which_the_committed_results_were_made(name):
     config = TASKS[name].configure()
     assert {k: getattr(config, k) for k in SHARED} == {**SHARED, **CHANGED.get(name, {})}
-    assert config.policy["encoder"] == {"features": "raw", "camera": {"crop": 58}}
+    crop = 86 if name.startswith("ur5_paint") else 58
+    assert config.policy["encoder"] == {"features": "raw", "camera": {"crop": crop}}
     assert (config.policy["n_obs_steps"], config.policy["n_noise_samples"]) == (1, 8)
     assert config.train == {"steps": 3000, "batch_size": 32, "lr": 0.002}
     assert config.evaluate == {"n_episodes": 20, "at_once": 10, "n_films": 1, "curve": []}
