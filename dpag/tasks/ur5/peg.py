@@ -125,7 +125,6 @@ class PegInRing(TaskScene):
     bodies = CAMERA_XML + stand_xml()
     start = (0.45, 0.0, 0.27, np.pi, 0.0, 0.0)
     box = Box((0.37, -0.1, 0.11), (0.53, 0.1, 0.3))
-    variety = 1.0
 
     def reset(self, simulator, rng):
         x, y = MIDDLE + rng.uniform(-1, 1, 2) * SPREAD
