@@ -135,7 +135,13 @@ def test_the_settings_with_which_the_committed_results_were_made(name):
     assert config.policy["encoder"] == {"features": "raw", "camera": {"crop": 86}}
     assert (config.policy["n_obs_steps"], config.policy["n_noise_samples"]) == (1, 8)
     assert config.train == {"steps": 3000, "batch_size": 32, "lr": 0.002}
-    assert config.evaluate == {"n_episodes": 20, "at_once": 10, "n_films": 1, "curve": []}
+    assert config.evaluate == {
+        "n_episodes": 20,
+        "first_seed": 80_000,
+        "at_once": 10,
+        "n_films": 1,
+        "curve": [],
+    }
     assert config.robot == RobotConfig()
 
 

@@ -148,7 +148,8 @@ DEFAULTS: dict[str, Any] = {
         "encoder": {"features": "raw", "camera": {"crop": 86}},
     },
     "train": {"steps": 3000, "batch_size": 32, "lr": 0.002},
-    "evaluate": {"n_episodes": 20, "at_once": 10, "n_films": 1, "curve": []},
+    # Initial states that nobody looked at while the scenes and the scripts were made.
+    "evaluate": {"n_episodes": 20, "first_seed": 80_000, "at_once": 10, "n_films": 1, "curve": []},
 }
 PAINTING: dict[str, Any] = {
     **DEFAULTS,
