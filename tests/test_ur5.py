@@ -116,7 +116,7 @@ SHARED = {
     "error": 0.001,
     "shake": 0.003,
 }
-PAINTING = {"size": 96, "max_steps": 350, "n_demos": 40, "speed": (0.13, 0.15), "shake": 0.002}
+PAINTING = {"size": 96, "max_steps": 450, "n_demos": 40, "speed": (0.13, 0.15), "shake": 0.002}
 CHANGED = {
     "ur5_paint_circle": PAINTING,
     "ur5_paint_heart": PAINTING,
