@@ -118,7 +118,7 @@ SHARED = {
     "error": 0.001,
     "shake": 0.003,
 }
-PAINTING = {"max_steps": 350, "n_demos": 40, "speed": (0.13, 0.15), "shake": 0.002}
+PAINTING = {"max_steps": 450, "n_demos": 40, "speed": (0.13, 0.15), "shake": 0.002}
 CHANGED = {
     "ur5_paint_circle": PAINTING,
     "ur5_paint_heart": PAINTING,
