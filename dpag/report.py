@@ -50,10 +50,11 @@ from dpag.tables import (
 # %% ../nbs/11_report.ipynb #512fc999
 def details(jerk: tuple[Column, ...] = (Column("jerk_agent"),)) -> View:
     "Everything that is measured of every task, of what was run; `jerk` are the columns of smoothness."
-    scores = (Column(name, interval=True) for name in ("score", "success", "score_minus_dp"))
+    scores = (Column(name, interval=True) for name in ("score", "success"))
+    difference = Column("score_minus_dp", interval=True, paper_format="+.2f"), Column("smallest_difference")
     times = (Column(name) for name in (*LATENCY, "flow_steps"))
     smoother = Column("jerk_agent_to_dp", interval=True)
-    return View("measured", (*scores, Column("steps"), *jerk, smoother, *times), LABELS)
+    return View("measured", (*scores, *difference, Column("steps"), *jerk, smoother, *times), LABELS)
 
 # %% ../nbs/11_report.ipynb #91c28697
 def task_table(
