@@ -25,8 +25,9 @@ def _draw_curve(ax: Axes, rows: pd.DataFrame, method: str, aside: float):
     reach = [mean - low, high - mean]
     label, color = method_title(method), method_color(method)
     one = rows.train_seed.nunique() == 1
-    bars = {"capsize": 0, "elinewidth": 0.8} if one else {"capsize": 3, "elinewidth": 1.5}
-    ax.errorbar(step + aside, mean, reach, fmt=style, color=color, label=label, **bars)
+    cap, line = (0.0, 0.8) if one else (3.0, 1.5)
+    x = step + aside
+    ax.errorbar(x, mean, reach, fmt=style, capsize=cap, elinewidth=line, color=color, label=label)
 
 
 def final_difference(curve: pd.DataFrame) -> str:
