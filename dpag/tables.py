@@ -241,6 +241,9 @@ class Column:
     format: str = ""  # none: the metric's
     interval: bool = False
     paper_format: str = ""  # of the paper's number in a column of its own; none: no such column
+    reference: Literal["", "best", "last"] = (
+        ""  # not what we measured of the metric, but what others published
+    )
 
 # %% ../nbs/10_tables.ipynb #6c2501cd
 Label = Callable[[str, str, pd.DataFrame], str]  # (task, method, the row's part of the long table)
@@ -377,6 +380,10 @@ class Layout:
         beside = f"{title}, paper"
         if not applies(column.metric, task, self.tasks):
             return {title: "", **({beside: ""} if column.paper_format else {})}
+        if column.reference:
+            found = paper.reference(task, column.metric, method)
+            number = getattr(found, column.reference, None)
+            return {title: NOT_MEASURED if number is None else f"{number:.2f}"}
         row = self.numbers.get((task, method, column.metric))
         form = column.format or find_metric(column.metric, [task]).format
         cells = {title: shown(row, form, column.interval)}

@@ -197,6 +197,40 @@ def test_a_spread_that_no_score_can_have_is_marked():
     assert {task for task, _, _ in marked} == {"dynamic_pusht_img"} and len(marked) == 7
 
 
+@pytest.mark.parametrize(
+    "tasks,methods,observations,which",
+    [
+        (paper.tables()["robomimic"].tasks, ("lstm_gmm", "ibc", "dp"), "images", "best"),
+        (paper.tables()["robomimic"].tasks, ("bet",), "state", "best"),
+        (("pusht_kp",), ("lstm_gmm", "ibc", "bet", "dp"), "state", "best"),
+        (("pusht_img",), ("lstm_gmm", "ibc"), "images", "best"),
+        (("kitchen",), ("lstm_gmm", "ibc", "bet", "dp"), "state", "last"),
+    ],
+)
+def test_the_footnotes_say_where_the_papers_numbers_are_from(tasks, methods, observations, which):
+    checked = 0
+    for (seen, task, metric, method), entry in paper.references().items():
+        if seen == observations and task in tasks and method in methods:
+            assert paper.number(task, metric, method)[0] == getattr(entry, which), (task, method)
+            checked += 1
+    assert checked == len(methods) * (4 if "kitchen" in tasks else len(tasks))
+
+
+def test_the_last_ten_checkpoints_are_not_better_than_the_best():
+    both = [entry for entry in paper.references().values() if entry.best is not None]
+    assert len(both) == 70 and all(0 <= entry.last <= entry.best <= 1 for entry in both)
+    assert {key[1] for key in paper.references()} <= set(TASKS.names())
+
+
+def test_published_numbers_stand_beside_the_measured_ones(results):
+    for method in ("ibc", "dp_ag"):
+        evaluation(results, "square_ph", method, 0)
+    long = ROBOMIMIC.long(Measured(results))
+    details = Layout(ROBOMIMIC, ROBOMIMIC.views[1], long).frame().set_index("method")
+    assert details.loc["IBC", "success, published, last ten"] == "0.00"
+    assert details.loc["DP-AG", "success, published, best"] == "–"
+
+
 # The published results
 
 
