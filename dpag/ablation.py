@@ -85,7 +85,7 @@ def pooled_spread(cells: Iterable[pd.DataFrame]) -> SeedSpread | None:
 # %% ../nbs/11_ablation.ipynb #4a4d9d07
 BASES = {"score_minus_dp": "ab_dp", "score_minus_full": "ab_full"}
 SAME_RATE = {"ab_full_slow": "ab_dp_slow", "ab_full_fast": "ab_dp_fast"}
-DIAGNOSTICS = ("cosine", "drift", "act_ratio", "train_ratio")
+DIAGNOSTICS = ("cosine", "leverage", "drift", "act_ratio", "train_ratio")
 
 
 def variant_rows(
@@ -150,6 +150,7 @@ ABLATION = Table(
                 Column("jerk_agent", title="jerk", format=".1f"),
                 Column("drift", title="drift per step"),
                 Column("cosine", format=".4f"),
+                Column("leverage", format=".3f"),
                 Column("act_ratio", title="act, × DP", format=".1f"),
                 Column("train_ratio", title="training, × DP", format=".1f"),
             ),
