@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scaled_vjp', 'latent_vjp', 'contrastive_loss', 'kl_loss', 'GuidanceConfig', 'GuidanceLosses', 'Guidance',
-           'drift_bound', 'guidance_diagnostics']
+           'drift_bound', 'guidance_diagnostics', 'leverage']
 
 # %% ../nbs/05_guidance.ipynb #c027cbab
 import math
@@ -213,3 +213,15 @@ def guidance_diagnostics(
         "sigma": sigma.mean(),
         "mu_spread": mu.std(0).mean(),
     }
+
+# %% ../nbs/05_guidance.ipynb #4f285e65
+@torch.no_grad()
+def leverage(
+    out: Float[Tensor, "batch ..."],
+    out_evolved: Float[Tensor, "batch ..."],
+    out_other: Float[Tensor, "batch ..."],
+) -> Float[Tensor, ""]:
+    """How far the net's output is moved by evolving its latent, divided by how far the latent of another
+    sample moves it: mean lengths over the batch; nan where that does not move it."""
+    evolving, another = ((x - out).flatten(1).norm(dim=1).mean() for x in (out_evolved, out_other))
+    return torch.where(another > 0, evolving / another, torch.nan)

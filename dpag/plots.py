@@ -14,17 +14,20 @@ from matplotlib.figure import Figure
 
 from .figures import LEGEND
 from .rows import method_parts
-from .stats import bootstrap_mean, clopper_pearson, matrix, paired_difference
+from .stats import matrix, mean_interval, paired_difference, rate_interval
 from .tables import SPIRAL_MODELS, in_order, method_color, method_title
 
 # %% ../nbs/11_plots.ipynb #a7c7c29d
 def _draw_curve(ax: Axes, rows: pd.DataFrame, method: str, aside: float):
-    points = [(step, *bootstrap_mean(matrix(b, "score"))) for step, b in rows.groupby("step")]
+    points = [(step, *mean_interval(matrix(b, "score"), bounds=(0, 1))) for step, b in rows.groupby("step")]
     step, mean, low, high = np.array(points, float).T
     style = "o--" if method_parts(method)[1] else "o-"
     reach = [mean - low, high - mean]
     label, color = method_title(method), method_color(method)
-    ax.errorbar(step + aside, mean, reach, fmt=style, capsize=3, color=color, label=label)
+    one = rows.train_seed.nunique() == 1
+    cap, line = (0.0, 0.8) if one else (3.0, 1.5)
+    x = step + aside
+    ax.errorbar(x, mean, reach, fmt=style, capsize=cap, elinewidth=line, color=color, label=label)
 
 
 def final_difference(curve: pd.DataFrame) -> str:
@@ -35,6 +38,8 @@ def final_difference(curve: pd.DataFrame) -> str:
     d, low, high = paired_difference(last["dp_ag"], last["dp"])
     difference = f"DP-AG − DP = {d:.3f} [{low:.3f}, {high:.3f}]"
     remark = ": no significant difference" if low <= 0 <= high else ""
+    if len(last["dp"]) == 1:
+        remark = ", of these episodes only"  # one seed compares two policies
     return f"at the end, {last['dp'].shape[1]} states: {difference}{remark}"
 
 # %% ../nbs/11_plots.ipynb #ff6c9c3b
@@ -47,21 +52,22 @@ def plot_curve(curve: pd.DataFrame) -> Figure:
         aside = 0.006 * curve.step.max() * (i - (len(methods) - 1) / 2)
         _draw_curve(ax, curve[curve.method == method], method, aside)
     ax.set_title(final_difference(curve), fontsize=8)
-    ax.set(xlabel="training step", ylabel="mean score", ylim=(0, 1))
+    ax.set(xlabel="training step (thin bars: one seed, episodes only)", ylabel="mean score", ylim=(0, 1))
     ax.grid(alpha=0.3)
     ax.legend(**LEGEND)
     return fig
 
 # %% ../nbs/11_plots.ipynb #97203c1f
-def plot_rates(scores: dict[str, pd.Series]) -> Figure:
-    "The share of episodes that succeed for each method, with its exact 95 % interval; scores are 0 or 1."
+def plot_rates(scores: dict[str, np.ndarray]) -> Figure:
+    """The share of episodes that succeed for each method, with its 95 % interval; scores `(seeds, episodes)`
+    are 0 or 1."""
     fig, ax = plt.subplots(figsize=(6, 1.1 + 0.35 * len(scores)), layout="constrained")
     for y, (method, s) in enumerate(scores.items()):
-        low, high = clopper_pearson(int(s.sum()), len(s))
-        reach = [[s.mean() - low], [high - s.mean()]]
+        mean, low, high = rate_interval(s)
+        reach = [[mean - low], [high - mean]]
         ax.barh(y, s.mean(), color=method_color(method), height=0.6, zorder=2)
         ax.errorbar(s.mean(), y, xerr=reach, color="0.2", capsize=3, zorder=3)
-        ax.text(1.02, y, f"{s.sum():.0f} of {len(s)}", va="center", fontsize=8)
+        ax.text(1.02, y, f"{s.sum():.0f} of {s.size}", va="center", fontsize=8)
     ax.set_yticks(range(len(scores)), [method_title(m) for m in scores])
     ax.invert_yaxis()
     ax.set(xlabel="share of episodes that succeed", xlim=(0, 1))
@@ -73,7 +79,7 @@ def plot_distribution(episodes: pd.DataFrame) -> Figure:
     "The distribution of the episodes' scores by method; where every score is 0 or 1, rates."
     methods = in_order(episodes.method)
     if episodes.score.isin([0, 1]).all():
-        return plot_rates({m: episodes.score[episodes.method == m] for m in methods})
+        return plot_rates({m: matrix(episodes[episodes.method == m], "score") for m in methods})
     import seaborn as sns  # takes seconds, and most who come here draw nothing with it
 
     titles = [method_title(m) for m in methods]

@@ -413,9 +413,11 @@ def fit(
     shown = tqdm(total=settings.steps, initial=first, desc=name, mininterval=2, unit="step")
     with contextlib.closing(run.flat), shown as bar:
         for step in range(first + 1, settings.steps + 1):
-            terms, last = train_step(run, dataset, settings, seed=seed, step=step), step == settings.steps
-            bar.update()
+            last = step == settings.steps
             row, save = (last or step % n == 0 for n in (settings.log_every, settings.checkpoint_every))
+            model.diagnosing = row  # type: ignore[assignment]  # what is costly and only for the log
+            terms = train_step(run, dataset, settings, seed=seed, step=step)
+            bar.update()
             if row or save or step in snapshots or step % LOOK_EVERY == 0:
                 check_finite(run, dataset, settings, seed=seed)
             if row:
@@ -427,4 +429,5 @@ def fit(
                 save_state(resume, run, step, key, log.text())
                 log.write()
         run.values.copy_(run.ema)
+    model.diagnosing = True  # type: ignore[assignment]
     return pd.DataFrame(log.rows)

@@ -8,9 +8,18 @@ from torch.distributions import Normal, kl_divergence
 
 from dpag.config import generator
 from dpag.diffusion import Diffusion, DiffusionConfig
-from dpag.guidance import Guidance, GuidanceConfig, contrastive_loss, drift_bound, kl_loss, latent_vjp
-from dpag.methods.dp_ag import DPAGConfig
+from dpag.guidance import (
+    Guidance,
+    GuidanceConfig,
+    contrastive_loss,
+    drift_bound,
+    kl_loss,
+    latent_vjp,
+    leverage,
+)
+from dpag.methods.dp_ag import ActionGuidedPolicy, DPAGConfig
 from dpag.policy import build_policy
+from dpag.train import TrainConfig, fit
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 2)])
@@ -241,3 +250,51 @@ def test_with_shared_noise_only_the_observations_tell_samples_apart(small, shape
         }
         got[noise] = policy.loss(batch, generator("n"))["contrastive"].item()
     assert got["shared"] == pytest.approx(math.log(7), abs=0.02) and got["own"] < got["shared"] - 1
+
+
+def test_leverage_is_the_share_of_what_another_latent_moves():
+    out, there, other = torch.randn(3, 5, 4, 2, generator=torch.Generator().manual_seed(0))
+    length = lambda x: sum(row.norm() for row in x) / len(x)
+    assert leverage(out, there, other).item() == pytest.approx(length(there - out) / length(other - out))
+    assert leverage(out, out, other) == 0 and leverage(out, other, out).isnan()
+
+
+@pytest.mark.parametrize("denoise_on", ["split", "both"])
+def test_logging_the_leverage_changes_no_bit_of_training(small, shapes, dataset, denoise_on, monkeypatch):
+    def grads():
+        torch.manual_seed(0)
+        method = DPAGConfig(guidance=GuidanceConfig(denoise_on=denoise_on))
+        policy = build_policy(method, small, shapes, dataset)
+        noise = generator("n")
+        terms = policy.loss(dataset.batch(16, generator("b")), noise)
+        terms["loss"].backward()
+        return terms, [p.grad for p in policy.parameters() if p.grad is not None], noise.get_state()
+
+    with_it, logged, state = grads()
+    assert 0 < with_it["leverage"] < 10 and not with_it["leverage"].requires_grad
+    monkeypatch.setattr(ActionGuidedPolicy, "diagnosing", False)
+    without, plain, state_without = grads()
+    assert "leverage" not in without
+    assert torch.equal(with_it["loss"], without["loss"]) and torch.equal(state, state_without)
+    assert len(logged) == len(plain) and all(map(torch.equal, logged, plain))
+
+
+def test_a_policy_that_evolves_nothing_has_no_leverage(small, shapes, dataset):
+    "With γ = 0 the evolved latent is μ; without the latent's noise that is the static one too."
+    torch.manual_seed(0)
+    policy = build_policy(DPAGConfig(guidance=GuidanceConfig(gamma=0.0)), small, shapes, dataset)
+    policy.encoder.heads.logvar.weight.data.zero_()
+    policy.encoder.heads.logvar.bias.data.fill_(-40)
+    terms = policy.loss(dataset.batch(16, generator("b")), generator("n"))
+    assert terms["leverage"].item() < 0.05  # the latent keeps a little noise: its logvar has a floor
+
+
+def test_the_leverage_is_in_every_row_of_the_log_and_computed_for_no_other_step(
+    small, shapes, dataset, monkeypatch
+):
+    calls, original = [], ActionGuidedPolicy.leverage
+    monkeypatch.setattr(ActionGuidedPolicy, "leverage", lambda *a: calls.append(1) or original(*a))
+    policy = build_policy(DPAGConfig(), small, shapes, dataset)
+    log = fit(policy, dataset, TrainConfig(steps=6, log_every=2, batch_size=8, threads=1))
+    assert len(log) == 3 and (log.leverage > 0).all() and len(calls) == 3
+    assert policy.diagnosing

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from dpag import paper
-from dpag.ablation import ABLATION, ROWS, variant
+from dpag.ablation import ABLATION, ROWS, pooled_spread, variant
 from dpag.config import SettingsError
 from dpag.files import read_text, root, write_text
 from dpag.paths import Cell, Results, published
@@ -37,7 +38,16 @@ from dpag.report import (
     write_tables,
 )
 from dpag.rows import LATENCY, Measured, agreeing, is_variant, read_rows
-from dpag.stats import bootstrap_mean, clopper_pearson, matrix, mean_metrics
+from dpag.stats import (
+    SeedSpread,
+    bootstrap_mean,
+    clopper_pearson,
+    matrix,
+    mean_interval,
+    mean_metrics,
+    rate_interval,
+    smallest_difference,
+)
 from dpag.tables import Layout, caption, method_color, method_title, task_rows
 from dpag.tasks.base import TASKS
 
@@ -84,6 +94,68 @@ def test_the_bootstrap_draws_what_it_always_drew():
     assert bootstrap_mean(scores) == bootstrap_mean(scores.copy())
 
 
+def test_one_seed_is_of_the_episodes_only():
+    scores = np.random.default_rng(0).random((1, 40))
+    assert mean_interval(scores) == bootstrap_mean(scores)
+    outcomes = (scores > 0.5).astype(float)
+    assert rate_interval(outcomes)[1:] == clopper_pearson(int(outcomes.sum()), 40)
+
+
+def test_the_mean_of_several_seeds_has_students_interval():
+    "Without any difference between states it is the t interval of the seeds' means."
+    scores = np.array([0.2, 0.4, 0.9])[:, None] + np.zeros((3, 10))
+    low, high = stats.t.interval(0.95, 2, 0.5, stats.sem([0.2, 0.4, 0.9]))
+    assert mean_interval(scores) == pytest.approx((0.5, low, high))
+    assert mean_interval(scores, bounds=(0, 1)) == pytest.approx((0.5, 0, 1))
+    spread = SeedSpread(0.01, 30)
+    reach = stats.t.ppf(0.975, 30) * np.sqrt(0.01 / 3)
+    assert mean_interval(scores, spread=spread)[2] == pytest.approx(0.5 + reach)
+
+
+def test_seeds_that_agree_make_no_interval_narrower_than_the_episodes():
+    states = np.random.default_rng(0).random(30)
+    low, high = stats.t.interval(0.95, 29, states.mean(), stats.sem(states))
+    assert mean_interval(np.stack([states, states])) == pytest.approx((states.mean(), low, high))
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3])
+def test_intervals_cover_where_seeds_differ(n_seeds):
+    "The bootstrap of both axes holds the true mean three times of four here."
+    rng, n, found = np.random.default_rng(1), 400, []
+    for _ in range(n):
+        seeds, states = 0.05 * rng.normal(size=(n_seeds, 1)), 0.1 * rng.normal(size=(1, 200))
+        scores = 0.5 + seeds + states + 0.2 * rng.normal(size=(n_seeds, 200))
+        outcomes = (seeds + states + 0.2 * rng.normal(size=(n_seeds, 200)) > 0).astype(float)
+        found.append(
+            [f(x)[1] <= 0.5 <= f(x)[2] for f, x in ((mean_interval, scores), (rate_interval, outcomes))]
+        )
+    assert (np.mean(found, axis=0) > 0.92).all()
+
+
+def test_success_of_all_episodes_counts_as_one_seed():
+    assert rate_interval(np.ones((3, 20)))[1:] == clopper_pearson(20, 20)
+    assert rate_interval(np.zeros((3, 20)))[1:] == clopper_pearson(0, 20)
+
+
+def test_states_without_a_number_are_left_out():
+    scores = np.random.default_rng(0).random((2, 5))
+    beside = np.concatenate([scores, np.full((2, 1), np.nan)], axis=1)
+    assert mean_interval(beside) == pytest.approx(mean_interval(scores))
+    scores[1] = np.nan
+    assert mean_interval(scores) == bootstrap_mean(scores[:1])
+
+
+def test_the_smallest_difference_needs_states_that_differ():
+    "With 50 outcomes that are all alike, a difference of 0.14 would be needed."
+    smallest = smallest_difference(np.zeros((1, 50)))
+    factor = stats.t.ppf([0.975, 0.8], 49).sum()
+    assert smallest == pytest.approx(factor * np.sqrt((smallest - smallest**2) / 50))
+    graded = 0.3 * np.random.default_rng(0).normal(size=(1, 50))
+    assert smallest_difference(graded) == pytest.approx(factor * graded.std(ddof=1) / np.sqrt(50))
+    two = smallest_difference(np.concatenate([graded, graded + 0.1]))
+    assert two > stats.t.ppf(0.975, 1) * 0.05
+
+
 def test_metrics_of_one_evaluation_are_numbers_that_json_can_hold():
     found = mean_metrics(pd.DataFrame({"score": [0.5, 1.0], "success": [0, 1]}))
     assert json.loads(json.dumps(found)) == found
@@ -123,6 +195,40 @@ def test_a_number_of_the_paper_or_none(cell, expected):
 def test_a_spread_that_no_score_can_have_is_marked():
     marked = {key for key, p in paper.tables()["pusht"].numbers.items() if p.mark}
     assert {task for task, _, _ in marked} == {"dynamic_pusht_img"} and len(marked) == 7
+
+
+@pytest.mark.parametrize(
+    "tasks,methods,observations,which",
+    [
+        (paper.tables()["robomimic"].tasks, ("lstm_gmm", "ibc", "dp"), "images", "best"),
+        (paper.tables()["robomimic"].tasks, ("bet",), "state", "best"),
+        (("pusht_kp",), ("lstm_gmm", "ibc", "bet", "dp"), "state", "best"),
+        (("pusht_img",), ("lstm_gmm", "ibc"), "images", "best"),
+        (("kitchen",), ("lstm_gmm", "ibc", "bet", "dp"), "state", "last"),
+    ],
+)
+def test_the_footnotes_say_where_the_papers_numbers_are_from(tasks, methods, observations, which):
+    checked = 0
+    for (seen, task, metric, method), entry in paper.references().items():
+        if seen == observations and task in tasks and method in methods:
+            assert paper.number(task, metric, method)[0] == getattr(entry, which), (task, method)
+            checked += 1
+    assert checked == len(methods) * (4 if "kitchen" in tasks else len(tasks))
+
+
+def test_the_last_ten_checkpoints_are_not_better_than_the_best():
+    both = [entry for entry in paper.references().values() if entry.best is not None]
+    assert len(both) == 70 and all(0 <= entry.last <= entry.best <= 1 for entry in both)
+    assert {key[1] for key in paper.references()} <= set(TASKS.names())
+
+
+def test_published_numbers_stand_beside_the_measured_ones(results):
+    for method in ("ibc", "dp_ag"):
+        evaluation(results, "square_ph", method, 0)
+    long = ROBOMIMIC.long(Measured(results))
+    details = Layout(ROBOMIMIC, ROBOMIMIC.views[1], long).frame().set_index("method")
+    assert details.loc["IBC", "success, published, last ten"] == "0.00"
+    assert details.loc["DP-AG", "success, published, best"] == "–"
 
 
 # The published results
@@ -276,9 +382,8 @@ def test_the_ablation_keeps_other_settings_apart_too(results):
     with pytest.warns(UserWarning):
         measured = Measured(results)
         long = ABLATION.long(measured).set_index(["method", "metric"])
-    assert (
-        long.loc[("ab_full", "score_minus_dp"), "n_seeds"] == 2
-    )  # of the row; paired over the seed that both have
+    assert long.loc[("ab_full", "score"), "n_seeds"] == 2
+    assert long.loc[("ab_full", "score_minus_dp"), "n_seeds"] == 1  # that both have
     assert long.loc[("ab_dp", "drift"), "measured"] == 0 and long.loc[("ab_full", "drift"), "measured"] == 0.5
     assert long.loc[("ab_dp, other settings (s1)", "drift"), "measured"] == 1
     assert not len(PUSHT.long(measured)), "variants have a table of their own"
@@ -344,6 +449,32 @@ def test_a_method_and_a_task_that_the_paper_does_not_have_show_up(results):
     assert results.tables / "other.md" in paths and "consistency" in read_text(results.tables / "pusht.md")
     assert write_figures(results, "laptop-scripted")
     assert "consistency" in overview(results)
+
+
+def test_an_interval_of_one_seed_is_marked_wherever_it_stands(results):
+    for seed in (0, 1):
+        evaluation(results, "pusht_kp", "dp", seed, [0.4, 0.5, 0.6, 0.5])
+    evaluation(results, "pusht_kp", "dp_ag", 0, [0.5, 0.5, 0.7, 0.5])
+    long = PUSHT.long(Measured(results))
+    details = Layout(PUSHT, PUSHT.views[1], long).frame().set_index("method")
+    assert details.loc["DP-AG", "score"].endswith("]‡") and not details.loc["DP", "score"].endswith("‡")
+    assert details.loc["DP-AG", "score − DP, paired"].endswith("]‡")
+    assert details.loc["DP-AG", "score − DP, paired, paper"] == "+0.04"
+    assert details.loc["DP-AG", "smallest difference to see"] > "0.0"
+    assert "‡ One training seed" in caption(PUSHT, long)
+
+
+def test_the_ablation_pools_the_spread_of_its_seeds():
+    "Two seeds of each of three variants that are 0.1, 0.2 and 0 apart."
+    cells = [
+        pd.DataFrame(
+            {"train_seed": [0, 0, 1, 1], "state_seed": [0, 1, 0, 1], "score": [0.5, 0.5, 0.5 + d, 0.5 + d]}
+        )
+        for d in (0.1, 0.2, 0.0)
+    ]
+    found = pooled_spread([*cells, cells[0][:2]])
+    assert found.df == 3 and found.variance == pytest.approx((0.005 + 0.02) / 3)
+    assert pooled_spread([cells[0][:2]]) is None
 
 
 def test_what_is_not_registered_keeps_its_name():
