@@ -346,14 +346,18 @@ class LearnedFlow(ResidualFlow):
 
     def __init__(self, config: SpiralsConfig):
         super().__init__(config)
-        self.correct = nn.Sequential(
-            nn.Linear(3, config.hidden), nn.Tanh(), nn.Linear(config.hidden, config.latent_dim)
-        )
+        z, hidden = config.latent_dim, config.hidden
+        last = nn.Linear(hidden, 2 * z)
+        nn.init.zeros_(last.weight)  # at first there is no correction
+        nn.init.zeros_(last.bias)
+        self.matrix = nn.Sequential(nn.Linear(z + 1, hidden), nn.Tanh(), last)
 
     def correction(self, z: Tensor, b: SpiralBatch) -> Tensor:
         missing = self.residuals(z, b)[1]
         t = b.observed_t - b.observed_t[:, -1:]
-        return self.correct(torch.cat([missing, 4 * t[..., None]], -1)).mean(1)
+        seen = torch.cat([z[:, None].expand(-1, t.shape[1], -1), 4 * t[..., None]], -1)
+        matrix = self.matrix(seen).unflatten(-1, (-1, 2))  # in the place of Jᵀ, (N, n_observed, Z, 2)
+        return PULL * torch.einsum("npzx,npx->npz", matrix, missing).mean(1)
 
 
 class LongPlainFlow(PlainFlow):
@@ -391,7 +395,8 @@ def train_flow(
     dataset = SpiralDataset(make_spirals(config.n_spirals, config, seed=seed))
     steps = config.train.steps * (model.length or config.long)
     settings = config.train.model_copy(update={"lr": config.lr[name], "steps": steps})
-    key = fingerprint(config, name)
+    own = config.model_copy(update={"lr": config.lr[name]})  # another model's rate is no matter
+    key = fingerprint(own, name)
     log = fit(model, dataset, settings, seed=seed, folder=folder, fingerprint=key, name=f"{name} {seed}")
     return model.eval(), log
 
