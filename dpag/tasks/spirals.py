@@ -395,7 +395,7 @@ def train_flow(
     dataset = SpiralDataset(make_spirals(config.n_spirals, config, seed=seed))
     steps = config.train.steps * (model.length or config.long)
     settings = config.train.model_copy(update={"lr": config.lr[name], "steps": steps})
-    own = config.model_copy(update={"lr": config.lr[name]})  # another model's rate is no matter
+    own = config.model_copy(update={"lr": {name: config.lr[name]}})  # another model's rate is no matter
     key = fingerprint(own, name)
     log = fit(model, dataset, settings, seed=seed, folder=folder, fingerprint=key, name=f"{name} {seed}")
     return model.eval(), log
