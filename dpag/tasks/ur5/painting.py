@@ -271,10 +271,8 @@ class Painting(TaskScene):
             self.shown = self.paste.height.copy()
 
 # %% ../../../nbs/tasks/ur5/painting.ipynb #11fb1c4f
-INSIDE, SPACING = (
-    0.010,
-    0.020,
-)  # m: the rod's axis from the outline; along the way round from stroke to stroke
+INSIDE = 0.010  # m: the rod's axis from the outline
+SPACING = 0.020  # m along the way round from stroke to stroke
 FINE = 0.0005  # m: pixels in which distances from the outline are measured
 
 
@@ -299,9 +297,8 @@ def n_sectors(shape: str) -> int:
     return round(way_round(shape)[2][-1] / SPACING)
 
 # %% ../../../nbs/tasks/ur5/painting.ipynb #ecb75526
-ORDER = (
-    0.3  # of a sector's area: how much emptier a sector must be to be preferred to one a whole turn nearer
-)
+# Of a sector's area: how much emptier a sector must be to be preferred to one a whole turn nearer.
+ORDER = 0.3
 
 
 def emptiness(sheet: Print, covered: np.ndarray) -> np.ndarray:
