@@ -134,7 +134,8 @@ def test_the_settings_with_which_the_committed_results_were_made(name):
     assert {k: getattr(config, k) for k in SHARED} == {**SHARED, **CHANGED.get(name, {})}
     assert config.policy["encoder"] == {"features": "raw", "camera": {"crop": 86}}
     assert (config.policy["n_obs_steps"], config.policy["n_noise_samples"]) == (1, 8)
-    assert config.train == {"steps": 3000, "batch_size": 32, "lr": 0.002}
+    steps = 6000 if name == "ur5_paint_heart" else 3000
+    assert config.train == {"steps": steps, "batch_size": 32, "lr": 0.002}
     assert config.evaluate == {
         "n_episodes": 20,
         "first_seed": 80_000,

@@ -199,7 +199,13 @@ register_ur5 = partial(register_task, config=UR5Config, sources=("scripted", "re
     shake=0.005,
     **DEFAULTS,
 )
-@register_ur5("ur5_paint_heart", title="UR5 painting, heart", metrics=(IOU, *MOTION), **PAINTING)
+# Twice as long as the others: on 16 other states that raised the overlap from 0.82 to 0.84.
+@register_ur5(
+    "ur5_paint_heart",
+    title="UR5 painting, heart",
+    metrics=(IOU, *MOTION),
+    **{**PAINTING, "train": {**DEFAULTS["train"], "steps": 6000}},
+)
 @register_ur5("ur5_paint_circle", title="UR5 painting, circle", metrics=(IOU, *MOTION), **PAINTING)
 def make_ur5(name: str, config: UR5Config) -> Task:
     "A task of the UR5, on the twin."
