@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dpag.config import SettingsError, changed, generator, layered
 from dpag.guidance import contrastive_loss
+from dpag.report import SPIRALS
 from dpag.tasks.spirals import (
     FLOWS,
     SCALE,
@@ -24,6 +25,7 @@ from dpag.tasks.spirals import (
     SpiralsConfig,
     make_spirals,
     measure,
+    roughness,
     spiral,
     train_flow,
 )
@@ -92,6 +94,11 @@ def test_the_future_is_on_a_curve_and_after_the_observations():
         assert distance.max() < 1e-5
     assert (data.future_t > 0).all() and (data.future_t.diff(dim=1) > 0).all()
     assert (data.observed_t.diff(dim=1) > 0).all() and data.observed_t.max() < 0.7
+
+
+def test_the_truths_roughness_is_the_one_below_the_table():
+    test = make_spirals(CONFIG.n_test, CONFIG, seed=10**6 + 1)
+    assert f"the truth has {roughness(test.future, test.future_t):.0f}." in SPIRALS.footnote
 
 
 # The paper's two flows and their control.
