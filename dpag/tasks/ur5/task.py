@@ -149,7 +149,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "train": {"steps": 3000, "batch_size": 32, "lr": 0.002},
     # Initial states that nobody looked at while the scenes and the scripts were made.
-    "evaluate": {"n_episodes": 20, "first_seed": 80_000, "at_once": 10, "n_films": 1, "curve": []},
+    "evaluate": {"n_episodes": 20, "first_seed": 81_000, "at_once": 10, "n_films": 1, "curve": []},
 }
 PAINTING: dict[str, Any] = {
     **DEFAULTS,
