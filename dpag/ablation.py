@@ -28,6 +28,7 @@ ROWS = {
     "ab_dp_epsilon": ("DP", "DP, predicting ε, 100 DDPM steps"),
     "ab_dp_cold": ("DP", "DP, predicting ε / 0.4, likewise (the released code)"),
     "ab_latent": ("ingredients", "DP + variational latent"),
+    "ab_latent/drawn": ("ingredients", "DP + variational latent, drawn anew in each step"),
     "ab_vjp/static": ("ingredients", "+ VJP in training, static when acting"),
     "ab_vjp": ("ingredients", "+ VJP in training and when acting"),
     "ab_full": ("ingredients", "+ contrastive loss: full DP-AG"),
@@ -45,6 +46,21 @@ ROWS = {
     "ab_full/static": ("acting", "static"),
     "ab_full/fourth": ("acting", "evolved at every 4th step"),
     "ab_full/lagged": ("acting", "lagged: moved by the step before"),
+    "ab_full/drawn": ("acting", "drawn anew in each step"),
+    "ab_full/carried": ("acting", "carried from step to step"),
+    "ab_full/sde": ("acting", "the SDE: carried, with noise"),
+    "ab_full/ddpm": ("acting", "100 DDPM steps"),
+    "ab_dp/ddpm": ("DP", "DP, 100 DDPM steps"),
+    "ab_dp_absolute": ("absolute actions", "DP"),
+    "ab_full_absolute": ("absolute actions", "DP-AG"),
+    "ab_kl_1e6": ("KL", "λ = 1e-6"),
+    "ab_kl_1e5": ("KL", "λ = 1e-5"),
+    "ab_kl_1e3": ("KL", "λ = 1e-3"),
+    "ab_kl_1e2": ("KL", "λ = 1e-2"),
+    "ab_shared_1": ("losses", "contrastive × 1, noise and step shared by the batch"),
+    "ab_shared_10": ("losses", "contrastive × 10, noise and step shared by the batch"),
+    "ab_released": ("released code", "as a whole, acting statically"),
+    "ab_released/evolved": ("released code", "as a whole, evolved when acting"),
     "ab_full_slow": ("learning rate", "half"),
     "ab_full_fast": ("learning rate", "twice"),
 }
@@ -131,7 +147,9 @@ def ablation_rows(episodes: pd.DataFrame, diagnostics: pd.DataFrame) -> pd.DataF
 
 # %% ../nbs/11_ablation.ipynb #e5e0deb5
 def _long(measured: Measured) -> pd.DataFrame:
-    return ablation_rows(measured.episodes, measured.study("ablation", "diagnostics.csv"))
+    runs = measured.study("ablation", "diagnostics.csv")
+    episodes = measured.episodes
+    return ablation_rows(episodes[episodes.run.isin(runs.run)], runs)
 
 
 ABLATION = Table(

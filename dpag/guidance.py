@@ -88,10 +88,15 @@ class GuidanceConfig(Strict):
     "`raw`: as it is (the paper). `unit`: each sample's has length one, a departure from the paper."
     vjp_detach: bool = True
     "In training, no gradient flows through the VJP (the authors' code)."
-    evolve: Literal["every", "lagged", "never"] = "every"
-    "When acting: at `every` step (the paper), `lagged` (by the VJP of the step before), or `never`."
+    evolve: Literal["every", "lagged", "carried", "sde", "drawn", "never"] = "every"
+    """When acting: at `every` step from μ (the paper's form in practice), `lagged` (by the VJP of the step
+    before) or `never` (the authors' code). `carried` and `sde` go on from the latent of the step before, by
+    Euler's steps of the paper's SDE without and with its noise. `drawn` is a new sample μ + σ ⊙ ξ at each:
+    the control that has noise in the place of guidance."""
     evolve_every: Annotated[int, Field(gt=0, le=10_000)] = 1
-    "With `every` and `lagged`: at each m-th denoising step only."
+    "At each m-th denoising step only."
+    learn_from: Literal["sample", "mean"] = "sample"
+    "The latent of the static prediction in training: a sample z (the equations), or μ (the authors' code)."
     denoise_on: Literal["static", "evolved", "both", "split"] = "both"
     """What the denoising loss is taken on: ε (the equations), ε̃ (the bound), or the mean of both. `split`:
     ε on one half of each batch and ε̃ on the other, which takes less time; needs `vjp_detach`."""

@@ -155,14 +155,16 @@ def studies(settings: Settings, cells: list[Cell]) -> dict[str, dict]:
     "The stages that are about a run as a whole."
     run, a = settings.run, settings.ablation
     ablated = settings.demos in a.demos and bool(a.methods)
+    few = [t for t in dict.fromkeys(c.task for c in cells) if getattr(settings.task(t), "n_human", None)]
     stages = {
         "ablation": {"settings": a.model_dump()} if ablated else None,
         "continuity": {"task": a.task} if any(c.task == a.task for c in cells) else None,
+        "left_out": {"tasks": few} if few and settings.demos == "human" else None,
         "spirals": {"profile": run.rpartition("-")[0], "settings": settings.spirals.model_dump(mode="json")},
         "report": {},
     }
     books = {"ablation": "e03_ablation", "continuity": "e04_continuity"}
-    books |= {"spirals": "e01_spirals", "report": "e09_report"}
+    books |= {"left_out": "e06_left_out", "spirals": "e01_spirals", "report": "e09_report"}
     return {
         kind: {} if parts is None else {run: study_stage(run, f"{EXPERIMENTS}/{books[kind]}.ipynb", **parts)}
         for kind, parts in stages.items()

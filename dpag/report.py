@@ -23,10 +23,11 @@ import numpy as np
 import pandas as pd
 
 from . import paper
-from .ablation import ABLATION
+from .ablation import ABLATION, plot_ablation
 from .config import SettingsError
 from .figures import save_figure
 from .files import SUMS, DamagedError, atomic, atomic_folder, check_seal, read_text, seal, write_text
+from .interplay import INTERPLAY, interplay_rows, levels_of, plot_gains
 from .paths import Cell, Results, own, published
 from .plots import plot_curve, plot_distribution, plot_spirals
 from .rows import LATENCY, Measured, check_evaluation, is_variant, read_csv, read_rows
@@ -47,6 +48,7 @@ from dpag.tables import (
     task_title,
     write_table,
 )
+from .tasks.pusht.task import DIFFICULTIES
 
 # %% ../nbs/11_report.ipynb #512fc999
 def published_columns(metric: str) -> tuple[Column, ...]:
@@ -240,7 +242,9 @@ OTHER = Table(
     views=(View("measured", details().columns, LABELS, task_metrics=True),),
     optional=True,
 )
-TABLES = {table.name: table for table in (PUSHT, ROBOMIMIC, KITCHEN, UR5, SPIRALS, ABLATION, OTHER)}
+TABLES = {
+    table.name: table for table in (PUSHT, ROBOMIMIC, KITCHEN, UR5, SPIRALS, ABLATION, INTERPLAY, OTHER)
+}
 
 # %% ../nbs/11_report.ipynb #0fffc6a0
 def long_tables(measured: Measured) -> dict[str, pd.DataFrame]:
@@ -338,6 +342,11 @@ def figures_of(measured: Measured, run: str) -> Iterator[tuple[str, Any]]:
             fig = plot(block)
             fig.suptitle(f"{task}, {run}", fontsize=9)
             yield f"{name}_{task}", fig
+    gains = interplay_rows(measured.episodes[measured.episodes.run == run])
+    if any(levels_of(kind, gains) for kind in DIFFICULTIES):
+        yield "gains", plot_gains(gains)
+    if len(plain := gains[gains.task == "pusht_kp"]):
+        yield "variants", plot_ablation(plain)
     spirals = measured.spirals[measured.spirals.profile == run.rpartition("-")[0]]
     if len(spirals):
         yield "spirals_seeds", plot_spirals(spirals)

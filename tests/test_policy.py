@@ -95,6 +95,57 @@ def test_evolving_at_every_fourth_step_reuses_the_latent(small, shapes, dataset)
     assert torch.equal(latents[1], latents[2]) and not torch.equal(latents[1], latents[6])
 
 
+def test_a_drawn_latent_is_a_new_sample_in_each_step(small, shapes, dataset):
+    "Mean and deviation over many steps are the encoder's, and no two steps share a latent."
+    policy, obs = make(small, shapes, dataset, evolve="drawn"), observations(dataset)
+    mu, logvar = policy.encode(obs)
+    latents = []
+    for seed in range(60):
+        policy.act(obs, generator("a", seed), latents)
+    z = (torch.stack(latents) - mu) / (0.5 * logvar).exp()
+    assert len(latents) == 60 * small.diffusion.n_sample_steps
+    torch.testing.assert_close(z.mean(), torch.tensor(0.0), atol=0.02, rtol=0)
+    torch.testing.assert_close(z.std(), torch.tensor(1.0), atol=0.02, rtol=0)
+    assert (torch.stack(latents).diff(dim=0).norm(dim=-1) > 0).all()
+
+
+def test_drawn_noise_comes_from_the_generator_of_the_act(small, shapes, dataset):
+    policy, obs = make(small, shapes, dataset, evolve="drawn"), observations(dataset)
+    assert torch.equal(policy.act(obs, generator("a")), policy.act(obs, generator("a")))
+    denoiser = policy.predictor(obs)
+    with torch.no_grad(), pytest.raises(ValueError, match="a latent that is drawn needs a generator"):
+        denoiser(torch.randn(6, 16, 2), 0)
+
+
+@pytest.mark.parametrize("evolve", ["carried", "sde"])
+def test_a_carried_latent_takes_eulers_steps(small, shapes, dataset, evolve):
+    "From where it was, by γ σ ⊙ VJP under it and, with noise, by σ ξ, over one unit of time."
+    policy, obs = make(small, shapes, dataset, evolve=evolve), observations(dataset)
+    mu, logvar = policy.encode(obs)
+    sigma, z, n = (0.5 * logvar).exp().detach(), mu.detach(), small.diffusion.n_sample_steps
+    noise, own, noised = generator("n"), generator("n"), torch.randn(n, 6, 16, 2)
+    with torch.no_grad():
+        denoiser = policy.predictor(obs, None, noise)
+    for i in range(n):
+        k = policy.diffusion.levels()[i].expand(6)
+        moved = policy.predictions(noised[i], k, z, z, sigma / n).z_evolved.detach()
+        if evolve == "sde":
+            moved = moved + sigma / n**0.5 * torch.randn(z.shape, generator=own)
+        with torch.no_grad():
+            out = denoiser(noised[i], i)
+            torch.testing.assert_close(denoiser.z, moved, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(out, policy.net(noised[i], k, moved), atol=1e-4, rtol=1e-3)
+        z = moved
+
+
+def test_learning_from_the_mean_draws_no_latent(small, shapes, dataset):
+    batch = dataset.batch(16, generator("b"))
+    for learn_from, noisy in (("sample", True), ("mean", False)):
+        policy = make(small, shapes, dataset, learn_from=learn_from)
+        terms = policy.loss(batch, generator("n"))
+        assert (terms["sampling_noise"] > 0) == noisy
+
+
 @pytest.mark.parametrize("net", [None, UNET], ids=["mlp", "unet"])
 @pytest.mark.parametrize("evolve", ["every", "lagged"])
 def test_the_denoiser_evolves_the_latent_as_training_does(small, shapes, dataset, net, evolve):

@@ -26,6 +26,7 @@ FLOORS = [
         "config",
         "paths",
         "provenance",
+        "oddities",
         "data",
         "encoder",
         "noise_net",
@@ -33,7 +34,7 @@ FLOORS = [
     ),
     *("guidance", "policy", *(f"methods.{m}" for m in METHODS), "train", *(f"robot.{r}" for r in ROBOT)),
     "tasks.base",
-    *(f"tasks.pusht.{m}" for m in ("task", "expert", "simulator", "env", "dynamic")),
+    *(f"tasks.pusht.{m}" for m in ("task", "expert", "simulator", "env", "dynamic", "sensor")),
     *(f"tasks.robomimic.{m}" for m in ("task", "control", "env", "expert", "files")),
     *(f"tasks.kitchen.{m}" for m in ("task", "env", "expert")),
     *(f"tasks.ur5.{m}" for m in ("env", "painting", "candy", "peg", "hole", "demonstrations", "task")),
@@ -49,7 +50,7 @@ FLOORS = [
         "tables",
         "plots",
     ),
-    *("ablation", "report", "warm", "pipeline"),
+    *("ablation", "interplay", "report", "warm", "pipeline"),
 ]
 
 

@@ -70,9 +70,14 @@ class DiffusionPolicy(NoisePredictor):
         "Denoising steps per chunk."
         return float(len(self.diffusion.steps))
 
-    def predictor(self, obs: dict[str, Tensor], record: list | None = None) -> Callable:
+    def predictor(
+        self,
+        obs: dict[str, Tensor],
+        record: list | None = None,
+        noise: torch.Generator | None = None,
+    ) -> Callable:
         """The function (noised, i) → output of the net at reverse step i, under these observations. Each
-        step's latent `(B, Z)` is appended to `record`."""
+        step's latent `(B, Z)` is appended to `record`; a latent that is random draws from `noise`."""
         mu, _ = self.encode(obs)
         steps, latent = self.net.step_part(self.diffusion.levels()), self.net.latent_part(mu)
 
@@ -90,6 +95,6 @@ class DiffusionPolicy(NoisePredictor):
         denoising step's latent."""
         shape = (len(next(iter(obs.values()))), self.horizon, self.shapes.action_dim)
         with torch.inference_mode():
-            chunk = self.diffusion.sample(self.predictor(obs, record), shape, generator)
+            chunk = self.diffusion.sample(self.predictor(obs, record, generator), shape, generator)
             actions = self.executed(chunk, obs)
         return actions.clone()  # an ordinary tensor, which may be changed in place

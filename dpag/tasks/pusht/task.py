@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['Pixels', 'FINGER_RADIUS', 'IMAGE', 'KEYPOINTS', 'BALL', 'register_pusht', 'FROM_KEYPOINTS', 'FROM_IMAGES',
-           'SMALL_BALL', 'PushTExpertConfig', 'BallConfig', 'PushTConfig', 'pusht_shapes', 'scripted', 'human',
-           'authors', 'make_pusht', 'make_dynamic_pusht']
+           'DIFFICULTIES', 'SMALL_BALL', 'FAST_BALL', 'PushTExpertConfig', 'BallConfig', 'SensorConfig', 'PushTConfig',
+           'pusht_shapes', 'scripted', 'human', 'authors', 'as_seen', 'seen_env', 'with_sensor', 'make_pusht',
+           'make_dynamic_pusht']
 
 # %% ../../../nbs/tasks/pusht/task.ipynb #c1894ba6
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from ...config import Count, Range, Strict
+from ...config import Count, Range, SettingsError, Strict
 from ...data import Demonstrations, Shapes
 from ..base import TASKS, Task, TaskConfig, register_task
 
@@ -73,6 +75,17 @@ class BallConfig(Strict):
             )
         return self
 
+# %% ../../../nbs/tasks/pusht/task.ipynb #7b52a8c8
+class SensorConfig(Strict):
+    "What is taken from the keypoints, in demonstrations and in episodes."
+
+    hidden: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    "The probability with which a corner is hidden in a step."
+    noise: Annotated[float, Field(ge=0, le=512)] = 0.0
+    "px: deviation of the noise of each coordinate."
+    delay: Annotated[int, Field(ge=0, le=100)] = 0
+    "Steps of 0.1 s by which everything that is observed is late."
+
 # %% ../../../nbs/tasks/pusht/task.ipynb #e1740530
 class PushTConfig(TaskConfig):
     "Push-T, and Dynamic Push-T: limits, demonstrations, the expert and the ball."
@@ -81,6 +94,10 @@ class PushTConfig(TaskConfig):
     "Steps of 0.1 s after which an episode ends."
     n_demos: Count = 600
     "Scripted demonstrations that are made; the file of human ones has 206."
+    n_human: Count | None = None
+    "So many of the human demonstrations are learned from; null is all of them."
+    sensor: SensorConfig = SensorConfig()
+    "What is taken from the keypoints."
     expert: PushTExpertConfig = PushTExpertConfig()
     "The planner that makes scripted demonstrations."
     ball: BallConfig = BallConfig()
@@ -123,6 +140,37 @@ def authors(*, parts: Path | None = None, folder: Path = Path("data")) -> Demons
 
     return authors_demonstrations(folder / "raw")
 
+# %% ../../../nbs/tasks/pusht/task.ipynb #fd00453e
+def as_seen(config: PushTConfig, source: Callable[..., Demonstrations], name: str, **where) -> Demonstrations:
+    "What `source(**where)` gives, seen through the settings' sensor; of human episodes, as many as they say."
+    from dpag.tasks.pusht.sensor import chosen_episodes, only, sensed
+
+    demos = source(**where)
+    if name == "human":
+        demos = only(demos, chosen_episodes(demos, config.n_human)[0])
+    return sensed(demos, config.sensor, config.demo_seed)
+
+
+def seen_env(make_env: Callable, config: PushTConfig, **options):
+    "An environment that is seen through the settings' sensor."
+    from dpag.tasks.pusht.sensor import SensedEnv
+
+    return SensedEnv(make_env(**options), config.sensor)
+
+# %% ../../../nbs/tasks/pusht/task.ipynb #55817cc3
+def with_sensor(task: Task, config: PushTConfig) -> Task:
+    "The task, seen through the settings' sensor. Raises SettingsError for one without keypoints."
+    sources: dict[str, Callable[..., Demonstrations]] = {
+        name: partial(as_seen, config, source, name) for name, source in task.sources.items()
+    }
+    if config.sensor == SensorConfig():
+        return replace(task, sources=sources)
+    if "keypoints" not in task.shapes.obs:
+        raise SettingsError(f"tasks.{task.name}.sensor: allowed is nothing, the task has no keypoints")
+    visible: dict[str, tuple[int, ...]] = {"visible": (8,)} if config.sensor.hidden else {}
+    shapes = replace(task.shapes, obs={**task.shapes.obs, **visible})
+    return replace(task, shapes=shapes, sources=sources, make_env=partial(seen_env, task.make_env, config))
+
 # %% ../../../nbs/tasks/pusht/task.ipynb #bcc10fdb
 register_pusht = partial(register_task, config=PushTConfig, length_unit="px")
 
@@ -148,7 +196,7 @@ def make_pusht(name: str, config: PushTConfig) -> Task:
 
     images = name == "pusht_img"
     make_env = partial(PushTDictEnv, "image" if images else "keypoints")
-    return Task(
+    task = Task(
         name=name,
         title=TASKS[name].title,
         shapes=pusht_shapes(IMAGE if images else KEYPOINTS),
@@ -160,6 +208,29 @@ def make_pusht(name: str, config: PushTConfig) -> Task:
             "human": partial(human, images),
         },
     )
+    return with_sensor(task, config)
+
+# %% ../../../nbs/tasks/pusht/task.ipynb #f17449e1
+DIFFICULTIES: dict[str, tuple[str, dict[Any, dict[str, Any]]]] = {
+    "few": ("{} demonstrations", {n: {"n_human": n} for n in (10, 25, 50, 100)}),
+    "hidden": (
+        "{} % of corners hidden",
+        {
+            percent: {"policy": {"encoder": {"features": "raw"}}, "sensor": {"hidden": percent / 100}}
+            for percent in (0, 10, 30, 50)
+        },
+    ),
+    "noise": ("{} px of noise", {px: {"sensor": {"noise": float(px)}} for px in (0, 2, 5, 10)}),
+    "late": ("{} steps late", {steps: {"sensor": {"delay": steps}} for steps in (1, 2, 4)}),
+}
+for kind, (title, levels) in DIFFICULTIES.items():
+    for level, said in levels.items():
+        register_pusht(
+            f"pusht_kp_{kind}_{level}",
+            title=f"Push-T kp, {title.format(level)}",
+            sources=("scripted", "human"),
+            **{**FROM_KEYPOINTS, **said},
+        )(make_pusht)
 
 # %% ../../../nbs/tasks/pusht/task.ipynb #9d525d1a
 SMALL_BALL: dict[str, Any] = {
@@ -173,9 +244,17 @@ SMALL_BALL: dict[str, Any] = {
         "color": "#ff6347",
     }
 }
+FAST_BALL: dict[str, Any] = {"ball": {"speed": [204.0, 204.0]}}  # twice as fast as the film's
 
 # %% ../../../nbs/tasks/pusht/task.ipynb #4f2aa53a
 @register_pusht("dynamic_pusht_kp", title="Dynamic Push-T kp", sources=("scripted",), **FROM_KEYPOINTS)
+@register_pusht(
+    "dynamic_pusht_kp_fast",
+    title="Dynamic Push-T kp, fast ball",
+    sources=("scripted",),
+    **FROM_KEYPOINTS,
+    **FAST_BALL,
+)
 @register_pusht(
     "dynamic_pusht_img", title="Dynamic Push-T img", sources=("scripted", "authors"), **FROM_IMAGES
 )
@@ -204,7 +283,7 @@ def make_dynamic_pusht(name: str, config: PushTConfig) -> Task:
         "scripted": partial(scripted, config, state_env, make_env if images else None),
         "authors": authors,
     }
-    return Task(
+    task = Task(
         name=name,
         title=TASKS[name].title,
         shapes=pusht_shapes(IMAGE if images else {**KEYPOINTS, **BALL}),
@@ -213,3 +292,4 @@ def make_dynamic_pusht(name: str, config: PushTConfig) -> Task:
         make_env=partial(make_env, size=192),
         sources={source: sources[source] for source in TASKS[name].sources},
     )
+    return with_sensor(task, config)
