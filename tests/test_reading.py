@@ -660,10 +660,20 @@ def absolute(n, seed=0):
 
 def test_poses_are_read_where_the_file_says_so(tmp_path):
     path = hdf5(tmp_path / "f.hdf5", [absolute(20)], controller={**CONTROLLER, "control_delta": False})
-    demos, wanted = read_hdf5(path, "lift"), absolute(20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        demos, wanted = read_hdf5(path, "lift"), absolute(20)
     assert np.allclose(demos.arrays["action"][:, :3], wanted[:, :3], atol=1e-6)
     turns = matrix_from_6d(demos.arrays["action"][:, 3:9])
     assert np.allclose(turns, poses(20)[1], atol=1e-5) and "action_delta" not in demos.arrays
+
+
+def test_rotations_of_the_wrist_are_warned_of(tmp_path):
+    wrist = absolute(20)
+    wrist[:, 3:6] = Rotation.from_quat(poses(20)[2]).as_rotvec()
+    path = hdf5(tmp_path / "f.hdf5", [wrist], controller={**CONTROLLER, "control_delta": False})
+    with pytest.warns(UserWarning, match="1.5[0-9] rad from the hand's in the median"):
+        read_hdf5(path, "lift")
 
 
 def test_poses_under_a_delta_controller_are_refused(tmp_path):
