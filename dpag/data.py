@@ -266,7 +266,8 @@ class WindowDataset:
     """Episodes on `device`, cut into windows; `batch(n, generator)` draws n of them with replacement.
 
     `obs[key]` is `(T, …)` and `action` `(T, D)`, all episodes end to end; `episode_ends` says where each
-    stops. `data_hash` is for fingerprints; `action_ref` as in Shapes."""
+    stops. `data_hash` is for fingerprints; `action_ref` as in Shapes. Raises ValueError for images that are
+    not of bytes."""
 
     def __init__(
         self,
@@ -288,6 +289,11 @@ class WindowDataset:
         self.idx, self.owner = torch.as_tensor(idx, device=device), torch.as_tensor(owner, device=device)
         self.n_obs_steps, self.device, self.data_hash = n_obs_steps, device, data_hash
         one_step = {k: tuple(v.shape[1:]) for k, v in self.obs.items()}
+        for k, shape in one_step.items():
+            if len(shape) == 3 and self.obs[k].dtype != torch.uint8:
+                raise ValueError(
+                    f"obs[{k!r}] has images of {self.obs[k].dtype}; allowed are bytes (see `of`)"
+                )
         self.shapes = Shapes(one_step, self.action.shape[1], action_ref)
 
     @classmethod

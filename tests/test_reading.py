@@ -1,6 +1,7 @@
 """Nothing is read wrongly in silence: chunks that are lost, images of another scale, numbers that cannot be,
 columns for rows, other controllers, and actions that no sampler could put out."""
 
+import inspect
 import io
 import json
 import re
@@ -29,6 +30,7 @@ from dpag.data import (
     save_demonstrations,
 )
 from dpag.diffusion import SAMPLERS, Diffusion, DiffusionConfig
+from dpag.encoder import ImageEncoder, ImageEncoderConfig
 from dpag.files import DamagedError
 from dpag.methods.dp import DPConfig, far_actions
 from dpag.methods.dp_ag import DPAGConfig
@@ -242,6 +244,17 @@ def test_a_window_holds_bytes_whatever_the_images_were():
     shapes = {"obs": {"image": [6, 9, 3], "pos": [2]}, "action_dim": 2, "action_ref": "pos"}
     data = WindowDataset.of(Demonstrations(arrays, np.array([12, 30]), {"shapes": shapes}), **WINDOW)
     assert data.obs["image"].dtype == torch.uint8 and np.array_equal(data.obs["image"].numpy(), film())
+
+
+def test_images_that_are_no_bytes_reach_no_policy():
+    images = torch.from_numpy(film() / 255)
+    obs = {"image": images.numpy(), "pos": np.ones((30, 2), "f4")}
+    with pytest.raises(ValueError, match=r"obs\['image'\] has images of torch.float64; allowed are bytes"):
+        WindowDataset(obs, np.ones((30, 2)), [30], **WINDOW)
+    encoder = ImageEncoder(ImageEncoderConfig(crop=6), (6, 9))
+    forward = inspect.unwrap(ImageEncoder.forward)  # without the check of annotations, which only tests have
+    with pytest.raises(ValueError, match=r"type torch.float64; allowed are bytes"):
+        forward(encoder, images[None, :2])
 
 
 # Numbers.

@@ -219,8 +219,8 @@ def _absolute(actions: np.ndarray, pos: np.ndarray, R: np.ndarray, controller: d
         off = np.median(Rotation.from_matrix(turns @ np.swapaxes(R, -1, -2)).magnitude())
         if off > FAR_TURN:
             warnings.warn(
-                f"rotations of actions are {off:.2f} rad from the hand's in the median: robosuite's controller "
-                "takes those of the grip site, and its observations have those of the wrist",
+                f"rotations of actions are {off:.2f} rad from the hand's in the median: a controller "
+                "takes those of the grip site, and robosuite's observations have those of the wrist",
                 stacklevel=2,
             )
     return np.concatenate([poses, actions[:, 6:]], 1)
