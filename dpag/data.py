@@ -25,6 +25,7 @@ from dpag.arrays import (
     LARGEST,
     array_names,
     check_chunks,
+    colours_last,
     first_bad,
     open_store,
     place,
@@ -104,7 +105,7 @@ class Demonstrations:
         "As `meta` says them; else those of every array, `action` apart, without a reference for actions."
         if "shapes" in self.meta:
             return Shapes.read(self.meta["shapes"])
-        obs = {k: a.shape[1:] for k, a in self.arrays.items() if k != "action"}
+        obs = {k: colours_last(a.shape[1:]) for k, a in self.arrays.items() if k != "action"}
         return Shapes(obs, self.arrays["action"].shape[1])
 
     def data_hash(self) -> str:
@@ -290,10 +291,9 @@ class WindowDataset:
         self.n_obs_steps, self.device, self.data_hash = n_obs_steps, device, data_hash
         one_step = {k: tuple(v.shape[1:]) for k, v in self.obs.items()}
         for k, shape in one_step.items():
-            if len(shape) == 3 and self.obs[k].dtype != torch.uint8:
-                raise ValueError(
-                    f"obs[{k!r}] has images of {self.obs[k].dtype}; allowed are bytes (see `of`)"
-                )
+            kind = self.obs[k].dtype
+            if len(shape) == 3 and (kind != torch.uint8 or shape[2] != 3):
+                raise ValueError(f"obs[{k!r}] has images {shape} of {kind}; allowed are bytes (H, W, 3)")
         self.shapes = Shapes(one_step, self.action.shape[1], action_ref)
 
     @classmethod

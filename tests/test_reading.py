@@ -242,15 +242,17 @@ def test_the_first_image_of_another_scale_is_named_by_episode_and_step():
 def test_a_window_holds_bytes_whatever_the_images_were():
     arrays = {"image": np.moveaxis(film() / 255, -1, 1), "pos": np.ones((30, 2)), "action": np.ones((30, 2))}
     shapes = {"obs": {"image": [6, 9, 3], "pos": [2]}, "action_dim": 2, "action_ref": "pos"}
-    data = WindowDataset.of(Demonstrations(arrays, np.array([12, 30]), {"shapes": shapes}), **WINDOW)
-    assert data.obs["image"].dtype == torch.uint8 and np.array_equal(data.obs["image"].numpy(), film())
+    for meta in ({"shapes": shapes}, {}):
+        data = WindowDataset.of(Demonstrations(arrays, np.array([12, 30]), meta), **WINDOW)
+        assert data.obs["image"].dtype == torch.uint8 and np.array_equal(data.obs["image"].numpy(), film())
 
 
 def test_images_that_are_no_bytes_reach_no_policy():
     images = torch.from_numpy(film() / 255)
     obs = {"image": images.numpy(), "pos": np.ones((30, 2), "f4")}
-    with pytest.raises(ValueError, match=r"obs\['image'\] has images of torch.float64; allowed are bytes"):
-        WindowDataset(obs, np.ones((30, 2)), [30], **WINDOW)
+    for wrong in (obs["image"], np.moveaxis(film(), -1, 1), film()[..., :1]):
+        with pytest.raises(ValueError, match=r"obs\['image'\] has images .*; allowed are bytes"):
+            WindowDataset({**obs, "image": wrong}, np.ones((30, 2)), [30], **WINDOW)
     encoder = ImageEncoder(ImageEncoderConfig(crop=6), (6, 9))
     forward = inspect.unwrap(ImageEncoder.forward)  # without the check of annotations, which only tests have
     with pytest.raises(ValueError, match=r"type torch.float64; allowed are bytes"):
