@@ -246,9 +246,9 @@ def window_indices(
     episode_ends, *, horizon: int, n_obs_steps: int, n_action_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Time indices `(W, horizon)` of every window and the episode `(W,)` each belongs to; indices never
-    leave the episode."""
+    leave the episode. Raises ValueError as `whole_ends` does."""
     rows, owner, start = [], [], 0
-    for i, end in enumerate(np.asarray(episode_ends)):
+    for i, end in enumerate(whole_ends(episode_ends)):
         first = np.arange(start - (n_obs_steps - 1), end - horizon + n_action_steps)
         if len(first) == 0:
             first = np.array([start - (n_obs_steps - 1)])
@@ -267,8 +267,8 @@ class WindowDataset:
     """Episodes on `device`, cut into windows; `batch(n, generator)` draws n of them with replacement.
 
     `obs[key]` is `(T, …)` and `action` `(T, D)`, all episodes end to end; `episode_ends` says where each
-    stops. `data_hash` is for fingerprints; `action_ref` as in Shapes. Raises ValueError for images that are
-    not of bytes."""
+    stops. `data_hash` is for fingerprints; `action_ref` as in Shapes. Raises ValueError as Demonstrations
+    does, and for images that are not of bytes."""
 
     def __init__(
         self,
@@ -284,6 +284,7 @@ class WindowDataset:
         action_ref: str | None = None,
     ):
         self.steps = {"horizon": horizon, "n_obs_steps": n_obs_steps, "n_action_steps": n_action_steps}
+        Demonstrations({**obs, "action": action}, episode_ends)  # checks the lengths
         idx, owner = window_indices(episode_ends, **self.steps)
         self.obs = {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
         self.action = torch.as_tensor(action, dtype=torch.float32, device=device)

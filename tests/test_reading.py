@@ -352,6 +352,11 @@ def test_episode_ends_say_which_entry_is_wrong(dtype):
     ):
         with pytest.raises(ValueError, match=said):
             Demonstrations(arrays, np.array(ends, dtype))
+    obs, action = {"pos": np.ones((9, 2), "f4")}, np.ones((9, 2), "f4")
+    assert len(WindowDataset(obs, action, np.array([4, 9], dtype), **WINDOW)) == 2
+    for ends in ([9, 4], [4, 8], [4, 10]):
+        with pytest.raises(ValueError, match="episode_ends"):
+            WindowDataset(obs, action, np.array(ends, dtype), **WINDOW)
     if np.dtype(dtype).kind == "i":
         with pytest.raises(ValueError, match="entry 0 is -4"):
             Demonstrations(arrays, np.array([-4, 9], dtype))
