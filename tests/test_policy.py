@@ -283,6 +283,16 @@ def check(actions, expected, same):
     assert torch.equal(actions, expected) if same else torch.allclose(actions, expected, atol=0.01)
 
 
+def test_a_checkpoint_of_this_schema_acts_as_it_did():
+    "A DP-AG's whose gripper closes in half a percent of the steps: one entry's limits are further out."
+    obs, expected, same = expected_of(CHECKPOINTS / "reach")
+    policy, meta = load_policy(CHECKPOINTS / "reach")
+    assert meta["schema"] == policies.SCHEMA
+    check(policy.act(obs, generator("act", 0)), expected["actions"], same)
+    policy.diffusion.reach.zero_()
+    assert not torch.allclose(policy.act(obs, generator("act", 0)), expected["actions"], atol=0.1)
+
+
 def test_a_checkpoint_of_schema_4_acts_as_it_did():
     "A U-Net's, sampled with DDPM, whose limits are the same for all entries."
     obs, expected, same = expected_of(CHECKPOINTS / "unet")
