@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Pixels', 'FINGER_RADIUS', 'IMAGE', 'KEYPOINTS', 'BALL', 'TABLE', 'register_pusht', 'FROM_KEYPOINTS', 'FROM_IMAGES',
-           'SMALL_BALL', 'PushTExpertConfig', 'BallConfig', 'PushTConfig', 'scripted', 'human', 'authors', 'make_pusht',
-           'make_dynamic_pusht']
+           'SMALL_BALL', 'PushTExpertConfig', 'BallConfig', 'PushTConfig', 'pusht_shapes', 'scripted', 'human',
+           'authors', 'make_pusht', 'make_dynamic_pusht']
 
 # %% ../../../nbs/tasks/pusht/task.ipynb #c1894ba6
 from collections.abc import Callable
@@ -95,6 +95,11 @@ TABLE: dict[str, tuple[float, float]] = {  # px; the finger and the block may pr
     "agent_pos": (-64, 576),
     "keypoints": (-64, 576),
 }
+
+
+def pusht_shapes(obs: dict[str, tuple[int, ...]]) -> Shapes:
+    "Shapes of a Push-T task that observes `obs` beside the finger's position."
+    return Shapes(obs={**obs, "agent_pos": (2,)}, action_dim=2, action_ref="agent_pos")
 
 # %% ../../../nbs/tasks/pusht/task.ipynb #1abf5538
 def scripted(
