@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Where', 'ABOUT', 'ENDS', 'pieces', 'first_bad', 'place', 'colours_first', 'is_image', 'colours_last',
-           'scales', 'to_bytes', 'read_array', 'chunk_files', 'check_chunks', 'file_sizes', 'open_store', 'array_names']
+           'scales', 'to_bytes', 'read_array', 'chunk_files', 'check_chunks', 'heads', 'check_lengths', 'file_sizes',
+           'open_store', 'array_names']
 
 # %% ../nbs/00_arrays.ipynb #9be43863
 import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,33 @@ def check_chunks(a: zarr.Array, files: dict[str, int], *, fill_missing: bool = F
     beyond = sorted(name for name in files.keys() - set(wanted) if is_chunk.fullmatch(name))
     if beyond:
         raise ValueError(f"{beyond[0]} is a chunk beyond the shape {a.shape} of {a.name}")
+
+# %% ../nbs/00_arrays.ipynb #4b219b00
+def heads(path: Path, names: Iterable[str], n: int) -> Iterator[tuple[str, bytes]]:
+    "The first `n` bytes of the files `names` of a folder or a zip."
+    if path.is_dir():
+        for name in names:
+            with open(path / name, "rb") as file:
+                yield name, file.read(n)
+    else:
+        with zipfile.ZipFile(path) as z:
+            for name in names:
+                with z.open(name) as member:
+                    yield name, member.read(n)
+
+
+def check_lengths(a: zarr.Array, path: Path, files: dict[str, int]):
+    """Raise ValueError where a chunk that Blosc compressed is not as long as it says. `path` is the folder or
+    zip of the store, `files` are the bytes of what is in it."""
+    last = [type(c).__name__ for c in a.compressors[-1:]]
+    if a.shards or last not in (["Blosc"], ["BloscCodec"]):  # zarr 2's name, and zarr 3's
+        return
+    for name, head in heads(path, [n for n in chunk_files(a) if n in files], 16):
+        said = int.from_bytes(head[12:16], "little")
+        if files[name] != said:
+            raise ValueError(
+                f"the chunk {name} was cut: it has {files[name]} bytes, and says that it has {said}"
+            )
 
 # %% ../nbs/00_arrays.ipynb #a1e39956
 ABOUT = (".zarray", "zarr.json")  # what an array is, by zarr 2 and 3

@@ -25,6 +25,7 @@ from dpag.arrays import (
     LARGEST,
     array_names,
     check_chunks,
+    check_lengths,
     colours_last,
     first_bad,
     open_store,
@@ -189,9 +190,10 @@ def _read_store(path: Path, keys: Iterable[str] | dict | None, fill_missing: boo
     hashed = wanted is None and "hash" in meta
     wanted = dict.fromkeys(array_names(store["data"], files)) if wanted is None else wanted
     stored = {k: store[f"data/{k}"] for k in wanted}
-    if not (sealed or hashed):
-        for a in (store[ENDS], *stored.values()):
+    for a in () if sealed else (store[ENDS], *stored.values()):
+        if not hashed:
             check_chunks(a, files, fill_missing=fill_missing)
+        check_lengths(a, path, files)
     ends = whole_ends(store[ENDS][:])
     arrays = {k: read_array(a, wanted[k], partial(place, ends)) for k, a in stored.items()}
     demos = Demonstrations(arrays, ends, meta)
