@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'STEADY', 'Shapes', 'whole_ends', 'Demonstrations', 'save_demonstrations', 'check_numbers', 'fitted',
-           'load_demonstrations', 'window_indices', 'steps_at', 'WindowDataset', 'Standardizer', 'fit_standardizer']
+           'load_demonstrations', 'window_indices', 'steps_at', 'check_images', 'WindowDataset', 'Standardizer',
+           'fit_standardizer']
 
 # %% ../nbs/01_data.ipynb #097c9705
 import hashlib
@@ -264,6 +265,15 @@ def steps_at(array: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     "`array[t]`: the steps `t` `(B, …)` of an array `(T, …)`, copied whole."
     return array.index_select(0, t.flatten()).unflatten(0, t.shape)
 
+# %% ../nbs/01_data.ipynb #d4c3596a
+def check_images(obs: dict[str, torch.Tensor]):
+    "Raise ValueError where images, whose steps have three sides, are not bytes `(T, H, W, 3)`."
+    for k, a in obs.items():
+        if a.ndim == 4 and (a.dtype != torch.uint8 or a.shape[3] != 3):
+            raise ValueError(
+                f"obs[{k!r}] has images {tuple(a.shape[1:])} of {a.dtype}; allowed are bytes (H, W, 3)"
+            )
+
 # %% ../nbs/01_data.ipynb #3d59423b
 class WindowDataset:
     """Episodes on `device`, cut into windows; `batch(n, generator)` draws n of them with replacement.
@@ -293,18 +303,14 @@ class WindowDataset:
         self.idx, self.owner = torch.as_tensor(idx, device=device), torch.as_tensor(owner, device=device)
         self.n_obs_steps, self.device, self.data_hash = n_obs_steps, device, data_hash
         one_step = {k: tuple(v.shape[1:]) for k, v in self.obs.items()}
-        for k, shape in one_step.items():
-            kind = self.obs[k].dtype
-            if len(shape) == 3 and (kind != torch.uint8 or shape[2] != 3):
-                raise ValueError(f"obs[{k!r}] has images {shape} of {kind}; allowed are bytes (H, W, 3)")
+        check_images(self.obs)
         self.shapes = Shapes(one_step, self.action.shape[1], action_ref)
 
     @classmethod
     def of(
         cls, demos: Demonstrations, *, horizon: int, n_obs_steps: int, n_action_steps: int, device="cpu"
     ) -> "WindowDataset":
-        """The demonstrations' windows, with the observations that `demos.shapes` names. Raises ValueError as
-        `fitted` does."""
+        "The demonstrations' windows, with the observations of `demos.shapes`, made to fit (see `fitted`)."
         demos = fitted(demos, demos.shapes.steps)
         return cls(
             {k: demos.arrays[k] for k in demos.shapes.obs},

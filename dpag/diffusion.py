@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'DiffusionConfig', 'squared_cosine', 'signal_powers', 'ForwardProcess', 'sampled_levels', 'ReverseStep',
-           'readings', 'ddpm_steps', 'ddim_steps', 'dpm_solver_steps', 'Diffusion', 'next_chunk']
+           'readings', 'ddpm_steps', 'ddim_steps', 'dpm_solver_steps', 'BoundedProcess', 'Diffusion', 'next_chunk']
 
 # %% ../nbs/04_diffusion.ipynb #54657258
 import math
@@ -172,23 +172,15 @@ def dpm_solver_steps(config: DiffusionConfig) -> Iterator[ReverseStep]:
 
 SAMPLERS = {"ddpm": ddpm_steps, "ddim": ddim_steps, "dpm_solver": dpm_solver_steps}
 
-# %% ../nbs/04_diffusion.ipynb #cfe9294f
-class Diffusion(ForwardProcess):
-    """Forward and reverse process over chunks of `(time, action)` entries. Noise is always drawn from the
-    generator that is passed in."""
+# %% ../nbs/04_diffusion.ipynb #b6ad6621
+class BoundedProcess(ForwardProcess):
+    "A process over chunks of `(time, action)` entries that knows how far each entry may go."
 
     reach: Tensor
 
     def __init__(self, config: DiffusionConfig, chunk: tuple[int, int] = (1, 1)):
         super().__init__(config)
-        self.steps = list(SAMPLERS[config.sampler](config))
         self.register_buffer("reach", torch.zeros(2, *chunk))
-
-    def resampled(self, config: DiffusionConfig) -> "Diffusion":
-        "This process with other settings."
-        other = Diffusion(config, (self.reach.shape[1], self.reach.shape[2])).to(self.reach.device)
-        other.reach.copy_(self.reach)
-        return other
 
     def follow(self, clean: Float[Tensor, "batch time action"]):
         "Let the estimate of x₀ go as far as these chunks do, entry by entry, where that is beyond `clip`."
@@ -199,6 +191,20 @@ class Diffusion(ForwardProcess):
         clip = self.config.clip
         far = (self.reach.abs() > clip * (1 + 1e-4)) * self.reach  # a range's ends may be 1 and a rounding
         return far[0].clamp(max=-clip), far[1].clamp(min=clip)
+
+# %% ../nbs/04_diffusion.ipynb #cfe9294f
+class Diffusion(BoundedProcess):
+    "Forward and reverse process over chunks. Noise is always drawn from the generator that is passed in."
+
+    def __init__(self, config: DiffusionConfig, chunk: tuple[int, int] = (1, 1)):
+        super().__init__(config, chunk)
+        self.steps = list(SAMPLERS[config.sampler](config))
+
+    def resampled(self, config: DiffusionConfig) -> "Diffusion":
+        "This process with other settings."
+        other = Diffusion(config, (self.reach.shape[1], self.reach.shape[2])).to(self.reach.device)
+        other.reach.copy_(self.reach)
+        return other
 
     def levels(self) -> Int[Tensor, " steps"]:
         "k of each reverse step."
