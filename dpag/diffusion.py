@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'DiffusionConfig', 'squared_cosine', 'signal_powers', 'ForwardProcess', 'sampled_levels', 'ReverseStep',
-           'readings', 'ddpm_steps', 'ddim_steps', 'dpm_solver_steps', 'Diffusion', 'next_chunk']
+           'readings', 'ddpm_steps', 'ddim_steps', 'dpm_solver_steps', 'BoundedProcess', 'Diffusion', 'next_chunk']
 
 # %% ../nbs/04_diffusion.ipynb #54657258
 import math
@@ -34,7 +34,8 @@ class DiffusionConfig(Strict):
     n_sample_steps: Annotated[int, Field(gt=0)] = 8
     "Reverse steps when acting, at most `n_train_steps` (the paper: 100 with DDPM)."
     clip: Annotated[float, Field(ge=0.5)] = 5.0
-    "The estimate of x₀ is held in ±clip, in normalised units; 1 for actions that are scaled to [−1, 1]."
+    """The estimate of x₀ is held in ±clip, in normalised units, or as far out as the demonstrations go where
+    that is further; 1 for actions that are scaled to [−1, 1]."""
     target_temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     "ε is divided by it in the loss: 1 in the equations, 0.4 in the authors' code. Only for `epsilon`."
 
@@ -171,13 +172,39 @@ def dpm_solver_steps(config: DiffusionConfig) -> Iterator[ReverseStep]:
 
 SAMPLERS = {"ddpm": ddpm_steps, "ddim": ddim_steps, "dpm_solver": dpm_solver_steps}
 
+# %% ../nbs/04_diffusion.ipynb #b6ad6621
+class BoundedProcess(ForwardProcess):
+    "A process over chunks of `(time, action)` entries that knows how far each entry may go."
+
+    reach: Tensor
+
+    def __init__(self, config: DiffusionConfig, chunk: tuple[int, int] = (1, 1)):
+        super().__init__(config)
+        self.register_buffer("reach", torch.zeros(2, *chunk))
+
+    def follow(self, clean: Float[Tensor, "batch time action"]):
+        "Let the estimate of x₀ go as far as these chunks do, entry by entry, where that is beyond `clip`."
+        self.reach.copy_(torch.stack([clean.amin(0), clean.amax(0)]))
+
+    def limits(self) -> tuple[Float[Tensor, "time action"], Float[Tensor, "time action"]]:
+        "Lowest and highest estimates of x₀."
+        clip = self.config.clip
+        far = (self.reach.abs() > clip * (1 + 1e-4)) * self.reach  # a range's ends may be 1 and a rounding
+        return far[0].clamp(max=-clip), far[1].clamp(min=clip)
+
 # %% ../nbs/04_diffusion.ipynb #cfe9294f
-class Diffusion(ForwardProcess):
+class Diffusion(BoundedProcess):
     "Forward and reverse process over chunks. Noise is always drawn from the generator that is passed in."
 
-    def __init__(self, config: DiffusionConfig):
-        super().__init__(config)
+    def __init__(self, config: DiffusionConfig, chunk: tuple[int, int] = (1, 1)):
+        super().__init__(config, chunk)
         self.steps = list(SAMPLERS[config.sampler](config))
+
+    def resampled(self, config: DiffusionConfig) -> "Diffusion":
+        "This process with other settings."
+        other = Diffusion(config, (self.reach.shape[1], self.reach.shape[2])).to(self.reach.device)
+        other.reach.copy_(self.reach)
+        return other
 
     def levels(self) -> Int[Tensor, " steps"]:
         "k of each reverse step."
@@ -219,9 +246,9 @@ class Diffusion(ForwardProcess):
         """Chunks of this `shape`, denoised from pure noise. `predict(noised, i) -> out` is called once for
         each of `steps`."""
         x = torch.randn(shape, generator=generator, device=self.signal_scale.device)
-        last = None
+        limits, last = self.limits(), None
         for i, step in enumerate(self.steps):
-            x, last = next_chunk(step, x, predict(x, i), last, self.config.clip)
+            x, last = next_chunk(step, x, predict(x, i), last, *limits)
             if step.noise:
                 x.add_(torch.randn(shape, generator=generator, device=x.device), alpha=step.noise)
         return x
@@ -232,12 +259,13 @@ def next_chunk(
     x: Float[Tensor, "batch time action"],
     out: Float[Tensor, "batch time action"],
     last: Float[Tensor, "batch time action"] | None,
-    clip: float,
+    low: Float[Tensor, "#time #action"],
+    high: Float[Tensor, "#time #action"],
 ) -> tuple[Float[Tensor, "batch time action"], Float[Tensor, "batch time action"]]:
-    """The chunk after `step`, without fresh noise, and the clean chunk that the output `out` for `x` implies.
-    `last` is the clean chunk of the step before."""
+    """The chunk after `step`, without fresh noise, and the clean chunk, within `low` and `high`, that the
+    output `out` for `x` implies. `last` is the clean chunk of the step before."""
     of_x, of_out = step.clean
-    clean = torch.add(x * of_x, out, alpha=of_out).clamp_(-clip, clip)
+    clean = torch.add(x * of_x, out, alpha=of_out).clamp_(low, high)
     of_clean, of_last, of_x, of_out = step.mix
     after = clean * of_clean
     if of_last and last is not None:

@@ -224,6 +224,10 @@ class ImageEncoder(nn.Module):
     def forward(
         self, images: UInt8[Tensor, "batch steps height width 3"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "batch steps keypoints 2"]:
+        if images.dtype != torch.uint8:
+            raise ValueError(
+                f"images have the type {images.dtype}; allowed are bytes, 0 to 255 (torch.uint8)"
+            )
         corners = self.corners(len(images), generator, images.device)
         x = crop_images(images, corners, self.crop).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         in_crop = spatial_softmax(self.backbone(x)).unflatten(0, images.shape[:2]) * self.crop

@@ -22,6 +22,7 @@ FLOORS = [
     *(
         "libraries",
         "files",
+        "arrays",
         "workers",
         "config",
         "paths",

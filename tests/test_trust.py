@@ -1003,8 +1003,9 @@ def test_robomimics_files_have_so_many_episodes(tmp_path, monkeypatch, tried):
     assert not (tmp_path / "f").exists() and robomimic.HUMAN_URL.startswith("https://")
 
 
-def kitchen_zip(path, time_first=False, mask=None, lengths=(5, 9, 7, 3)):
-    "A made-up kitchen.zip; joint 0 counts the steps from 100 times the episode on."
+def kitchen_zip(path, time_first=True, mask=None, lengths=(5, 9, 7, 3)):
+    """A made-up kitchen.zip, with the time first as the public one has it; joint 0 counts the steps from 100
+    times the episode on."""
     n, steps = len(lengths), max(lengths)
     mask = np.arange(steps) < np.array(lengths)[:, None] if mask is None else mask
     obs, action = np.zeros((n, steps, 60)), np.full((n, steps, 9), 0.01)

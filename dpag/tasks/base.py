@@ -12,7 +12,7 @@ import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import dpag
 from ..config import Count, Registry, Seed, SettingsError, Strict, layered
-from ..data import Demonstrations, Shapes
+from ..data import Demonstrations, Shapes, fitted
 from ..files import arrays_checksum, atomic, set_aside
 from ..workers import worker_pool
 
@@ -34,7 +34,8 @@ class Task:
 
     `make_env()` gives a Gymnasium environment with dict observations. An episode ends at success or after
     `max_steps` of `step_seconds` s; its score is the highest seen. `sources[name](parts=, folder=)` makes or
-    fetches demonstrations whose arrays have `action` and every key of `shapes.obs`."""
+    fetches demonstrations whose arrays have `action` and every key of `shapes.obs`. `ranges[key]` are the
+    lowest and the highest number that an array can have, where that is known."""
 
     name: str
     title: str
@@ -43,14 +44,20 @@ class Task:
     step_seconds: float
     make_env: Callable[[], Any]
     sources: dict[str, Callable[..., Demonstrations]]
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def demonstrations(self, source: str, *, parts=None, folder="data") -> Demonstrations:
-        """Demonstrations of a `source`. A script goes on from what the folder `parts` holds; files are
-        looked for in, or downloaded into, `folder`. Raises SettingsError for a source that this task
-        does not have."""
+        """Demonstrations of a `source`, which fit `shapes` and `ranges`, with images as bytes. A script goes
+        on from what the folder `parts` holds; files are looked for in, or downloaded into, `folder`.
+
+        Raises SettingsError for a source that this task does not have, ValueError as `fitted` does."""
         if source not in self.sources:
             raise SettingsError(f"demos = {source!r}: {self.name} has {', '.join(self.sources)}")
-        return self.sources[source](parts=parts, folder=Path(folder))
+        demos = self.sources[source](parts=parts, folder=Path(folder))
+        try:
+            return fitted(demos, self.shapes.steps, self.ranges)
+        except ValueError as e:
+            raise ValueError(f"{self.name}, demos = {source}: {e}") from None
 
 # %% ../../nbs/07_tasks.ipynb #d4c1f191
 class TaskConfig(Strict):

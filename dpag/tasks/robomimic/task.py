@@ -130,6 +130,7 @@ def make_robomimic(name: str, config: RobomimicConfig) -> Task:
         ),
         max_steps=config.max_steps,
         step_seconds=0.05,
+        ranges={"hold": (-3, 3), "action": (-3, 3), "gripper_qpos": (-0.1, 0.1)},  # m, entries of rotations
         make_env=partial(RobomimicEnv, scene, config.observation, size=192),
         sources={"scripted": partial(_scripted, scene, config), "human": partial(_human, scene, who, config)},
     )
