@@ -30,7 +30,7 @@ class FlowPolicyConfig(MethodConfig):
     "δ: between the two times that must agree (released code: 0.01)."
     eps: Annotated[float, Field(ge=0, lt=1)] = 0.01
     "ε: the smallest time, in training and when acting (released code: 0.01)."
-    stop_gradient: bool = False
+    stop_gradient: bool = True
     "The later time's side is held fixed in the loss (released code: false)."
     velocity_weight: Weight = 0.00001
     "α: weight of the velocities' agreement."

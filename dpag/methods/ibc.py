@@ -47,9 +47,9 @@ class IBCConfig(MethodConfig):
     shrink: Annotated[float, Field(gt=0, le=1)] = 1.0
     "Factor of the spread from one round to the next (Diffusion Policy: 1; Florence et al.: 0.5, from 0.33)."
 
-# %% ../../nbs/methods/ibc.ipynb #97c4c537
+# %% ../../nbs/methods/ibc.ipynb #2a79961e
 def dropped(x: Float[Tensor, "..."], share: float, generator: torch.Generator | None) -> Float[Tensor, "..."]:
-    "`x` with a `share` of its entries at zero, the others larger by 1 / (1 − share); `x` without a generator."
+    "`x` with a `share` of its entries at zero, the others times 1 / (1 − share). Without a generator, `x`."
     if generator is None or share == 0:
         return x
     kept = torch.rand(x.shape, generator=generator, device=x.device) >= share
