@@ -1,5 +1,6 @@
 """The five baselines: their losses against the formulas, what they can and cannot hold, checkpoints."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -8,10 +9,10 @@ import pytest
 import torch
 
 from dpag.config import generator
-from dpag.methods.ada_flow import step_size
+from dpag.methods.ada_flow import AdaFlowConfig, follow, step_size
 from dpag.methods.bet import action_centres, focal_loss, nearest
-from dpag.methods.flow_policy import segment_end
-from dpag.methods.ibc import IBCConfig, search
+from dpag.methods.flow_policy import FlowPolicyConfig, consistency_loss, segment_end
+from dpag.methods.ibc import IBCConfig, dropped, search
 from dpag.methods.lstm_gmm import robomimic_algo
 from dpag.methods.toy import TOY, learn, toy_policy, two_ways, walk
 from dpag.policy import METHODS, build_policy, load_policy, save_policy
@@ -58,6 +59,53 @@ def test_the_contract(made, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_acting_is_the_same_while_training_and_leaves_units_in(made, kind):
+    policy, batch, _ = made[kind]
+    acts = []
+    for training in (True, False):
+        policy.train(training)
+        policy.loss(batch, generator("n"))
+        acts.append(policy.act(batch["obs"], generator("a")))
+    policy.train()
+    assert torch.equal(*acts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_leaves_the_processs_generator_alone(made, kind):
+    policy, batch, _ = made[kind]
+    before = torch.get_rng_state()
+    policy.loss(batch, generator("n"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["ibc", "bet"])
+def test_units_are_left_out_in_training(methods, made, kind):
+    "Other noise leaves out other units; with a share of zero none."
+    policy, batch, settings = made[kind]
+    mu, g = policy.encode(batch["obs"])[0].detach(), [generator("g", i) for i in range(3)]
+    if kind == "bet":
+        outs = lambda p: [p.predict(mu, x)[0] for x in (g[0], g[1], None)]
+    else:
+        actions = torch.rand(8, 5, 2)
+        outs = lambda p: [p.energy(mu, actions, x) for x in (g[0], g[1], None)]
+    assert not any(torch.equal(a, b) for a, b in zip(outs(policy), outs(policy)[1:]))
+    torch.manual_seed(0)
+    none = methods[kind].model_copy(update={"dropout": 0.0})
+    with torch.no_grad():
+        a, b, c = outs(build_policy(none, settings, TOY, two_ways(settings, 20)).eval())
+    torch.testing.assert_close(a, c)
+    torch.testing.assert_close(b, c)
+
+
+def test_what_is_left_out_is_a_share_and_the_rest_makes_up_for_it():
+    x = dropped(torch.full((200, 200), 3.0), 0.25, generator("d"))
+    assert x.unique().tolist() == [0.0, 4.0] and (x == 0).float().mean().item() == pytest.approx(
+        0.25, abs=0.01
+    )
+    assert torch.equal(dropped(x, 0.25, None), x) and torch.equal(dropped(x, 0.0, generator("d")), x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded_acts_bit_identically(made, kind, tmp_path):
     policy, batch, _ = made[kind]
     save_policy(tmp_path / "c", policy)
@@ -100,7 +148,8 @@ def test_lstm_gmm_loss_is_robomimics_own(methods, made):
 
 def test_ibc_loss_is_the_formula(made):
     policy, batch, _ = made["ibc"]
-    g = generator("n")
+    policy, g = copy.deepcopy(policy), generator("n")
+    policy.energy.dropout = 0.0  # a row at a time draws other units than all at once
     z = policy.encode(batch["obs"], g)[0]
     a = policy.normalised(batch)[:, policy.executes].flatten(1)
     a = a + policy.method.jitter * torch.randn(8, 1, 2, generator=g)[:, 0]
@@ -114,7 +163,7 @@ def test_ibc_loss_is_the_formula(made):
 
 def test_bet_loss_is_the_formula(made):
     policy, batch, _ = made["bet"]
-    logits, offsets = policy.predict(policy.encode(batch["obs"])[0])
+    logits, offsets = policy.predict(policy.encode(batch["obs"])[0], generator("n"))
     a, focal, error, n = policy.normalised(batch), 0.0, 0.0, 8 * 3
     for i in range(8):
         for t in range(3):
@@ -149,8 +198,39 @@ def test_flow_policy_acts_in_one_step(made):
     policy, batch, _ = made["flow_policy"]
     z = policy.encode(batch["obs"])[0]
     a0 = torch.randn(8, policy.horizon, 2, generator=generator("a"))
-    want = policy.executed(a0 + policy.velocity(a0, torch.zeros(8), z), batch["obs"])
+    want = policy.executed(a0 + policy.velocity(a0, torch.full((8,), 0.01), z), batch["obs"])
     torch.testing.assert_close(policy.act(batch["obs"], generator("a")), want)
+
+
+def test_flow_policy_acts_only_at_times_that_it_was_trained_at(methods, made):
+    policy, batch, settings = made["flow_policy"]
+    for n, eps in ((1, 0.01), (2, 0.01), (4, 0.3)):
+        p = copy.copy(policy)
+        p.method = methods["flow_policy"].model_copy(update={"n_steps": n, "eps": eps})
+        assert p.times(torch.device("cpu")).tolist() == pytest.approx(
+            [eps + (1 - eps) * i / n for i in range(n)]
+        )
+        seen = []
+        p.consistency = lambda clean, noise, t, z, seen=seen: seen.append(t) or {"loss": t.mean()}
+        p.loss(batch, generator("n"))
+        assert eps <= seen[0].min() and seen[0].max() <= 1
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_flow_policys_gradient_passes_both_sides_unless_it_is_stopped(stopped):
+    "Against differences of the loss, of which the second evaluation's weight is held or not."
+    clean, noise = torch.randn(2, 6, 4, 2, generator=generator("x"), dtype=torch.float64).unbind()
+    t, method = torch.linspace(0.02, 0.97, 6, dtype=torch.float64), FlowPolicyConfig(stop_gradient=stopped)
+
+    def loss(first, second):
+        weights = iter([first, second])
+        return consistency_loss(lambda x, t: next(weights) * x, clean, noise, t, method)["loss"]
+
+    w, h = torch.tensor(0.4, dtype=torch.float64, requires_grad=True), 1e-5
+    (found,) = torch.autograd.grad(loss(w, w), w)
+    both, one = ((loss(w + h, w + h * b) - loss(w - h, w - h * b)).item() / (2 * h) for b in (1, 0))
+    assert both != pytest.approx(one, rel=0.01)
+    assert found.item() == pytest.approx(one if stopped else both, rel=1e-6)
 
 
 def test_ada_flow_loss_is_the_formula(made):
@@ -158,14 +238,14 @@ def test_ada_flow_loss_is_the_formula(made):
     g = generator("n")
     a, z = policy.normalised(batch), policy.encode(batch["obs"], g)[0]
     noise = torch.randn(a.shape, generator=g)
-    t = torch.rand(8, generator=g)
+    t, root = torch.rand(8, generator=g), math.sqrt(16 * 2)
     total = 0.0
     for i in range(8):
         v, log_sigma = policy.predict((t[i] * a[i] + (1 - t[i]) * noise[i])[None], t[i : i + 1], z[i : i + 1])
-        total += (
-            (a[i] - noise[i] - v[0]).square().mean() / (2 * log_sigma.exp() ** 2) + log_sigma
-        ).item() / 8
-    assert policy.loss(batch, generator("n"))["loss"].item() == pytest.approx(total, rel=1e-4)
+        sigma = root * log_sigma.exp()  # of the chunk, whose error is a sum
+        total += ((a[i] - noise[i] - v[0]).square().sum() / (2 * sigma**2) + sigma.log()).item() / 8
+    found = policy.loss(batch, generator("n"))["loss"].item()
+    assert found + math.log(root) == pytest.approx(total, rel=1e-4)
 
 
 # Acting.
@@ -179,9 +259,21 @@ def test_ada_flow_takes_the_steps_its_variance_asks_for(methods, sigma, steps):
         TOY,
         two_ways(settings, 20),
     )
-    policy.predict = lambda x, t, z: (torch.ones_like(x), torch.full((len(x),), math.log(max(sigma, 1e-12))))
+    entrys = math.log(max(sigma, 1e-12) / math.sqrt(16 * 2))  # of a chunk whose deviation is sigma
+    policy.predict = lambda x, t, z: (torch.ones_like(x), torch.full((len(x),), entrys))
     policy.act({"pos": torch.zeros(5, 2, 2)}, generator("a"))
     assert policy.mean_steps() == steps
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2), (16, 10)])
+def test_ada_flows_eta_is_compared_to_the_deviation_of_a_whole_chunk(shape):
+    "An entry's deviation of 0.3 in a chunk of n entries is one of 0.3 √n: h = η / that, until 1."
+    predict = lambda x, t, z: (torch.ones_like(x), torch.full((len(x),), math.log(0.3)))
+    _, n_steps = follow(
+        predict, torch.zeros(2, *shape), torch.zeros(2, 1), AdaFlowConfig(eta=0.5, max_steps=50)
+    )
+    h = max(0.5 / (0.3 * math.sqrt(shape[0] * shape[1])), 1 / 50)
+    assert n_steps == 2 * math.ceil(1 / h)
 
 
 def test_ada_flows_steps_end_at_one():
@@ -193,10 +285,24 @@ def test_ada_flows_steps_end_at_one():
 
 def test_ibcs_search_finds_a_known_minimum():
     goal = torch.tensor([[0.5, -0.25, 0.1], [-0.9, 0.9, 0.0]])
-    method = IBCConfig(n_candidates=1024, spread=0.3)
+    method = IBCConfig(n_candidates=1024, spread=0.3, shrink=0.5)
     score = lambda a: -500 * (a - goal[:, None]).square().sum(-1)
     found = search(score, (2, 3), generator("s"), method=method)
     assert (found - goal).abs().max() < 0.12 and found.abs().max() <= 1
+
+
+@pytest.mark.parametrize("changes,total", [({}, 0.06), ({"spread": 0.1, "shrink": 0.5}, 0.1152)])
+def test_ibcs_search_moves_by_the_spread_in_each_round_but_the_last(changes, total):
+    "One candidate only moves: four times by the same spread as published, or by less each time."
+    flat = lambda a: a[..., 0] * 0
+    ends = [
+        search(flat, (20000, 1), generator("s"), method=IBCConfig(n_candidates=1, n_rounds=n, **changes))[
+            :, 0
+        ]
+        for n in (1, 5)
+    ]
+    inside = ends[0].abs() < 0.5  # what is near the edge is held back by it
+    assert (ends[1] - ends[0])[inside].std().item() == pytest.approx(total, rel=0.03)
 
 
 def test_ibcs_search_keeps_two_minima():

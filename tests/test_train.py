@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dpag import config
 from dpag.config import generator, seed_everything
 from dpag.methods.dp import DPConfig
 from dpag.methods.dp_ag import DPAGConfig
@@ -138,6 +139,20 @@ def test_a_fingerprint_changes_with_every_section_and_a_mismatch_is_refused():
         check_fingerprint(info, *cell[:2], PolicyConfig(net=MLPConfig(width=8)), *cell[4:])
 
 
+def test_betas_at_their_default_leave_older_runs_their_hash():
+    "As before there were any; others change it."
+    cell = ["pusht_kp", "dp", "data", PolicyConfig(), MethodConfig(kind="dp")]
+    settings = TrainConfig(lr=0.01)
+    before = {k: v for k, v in settings.model_dump().items() if k != "betas"}
+    assert run_fingerprint(*cell, settings) == config.fingerprint(*cell, before)
+    others = settings.model_copy(update={"betas": (0.95, 0.999)})
+    assert (
+        run_fingerprint(*cell, others)
+        == config.fingerprint(*cell, others)
+        != config.fingerprint(*cell, before)
+    )
+
+
 @pytest.mark.parametrize("log_every", [1, 10])
 def test_a_loss_that_is_not_finite_names_step_terms_and_episodes(small, shapes, dataset, tmp_path, log_every):
     "Whenever it is looked at; and before a resume file is written."
@@ -172,7 +187,7 @@ def test_snapshots_hold_averaged_weights_and_do_not_disturb(small, shapes, datas
 
 def by_torch(model, dataset, settings, seed):
     "The loop as torch's own parts make it; the averaged weights."
-    opt = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay)
+    opt = torch.optim.AdamW(model.parameters(), betas=settings.betas, weight_decay=settings.weight_decay)
     for step in range(1, settings.steps + 1):
         batch = dataset.batch(settings.batch_size, generator("batch", seed, step))
         opt.param_groups[0]["lr"] = learning_rate(step - 1, settings)
@@ -186,9 +201,11 @@ def by_torch(model, dataset, settings, seed):
     return mean
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.98)], ids=["default", "others"])
 @pytest.mark.parametrize("method", [DPConfig(), DPAGConfig()], ids=["dp", "dp_ag"])
-def test_flat_parameters_learn_what_torchs_optimiser_does(small, shapes, dataset, method):
-    settings = TrainConfig(steps=30, batch_size=8, warmup_steps=5, lr=1e-3, grad_clip=0.5, device="cpu")
+def test_flat_parameters_learn_what_torchs_optimiser_does(small, shapes, dataset, method, betas):
+    how = {"warmup_steps": 5, "lr": 1e-3, "grad_clip": 0.5, "betas": betas, "device": "cpu"}
+    settings = TrainConfig(steps=30, batch_size=8, **how)
     policies = []
     for _ in range(2):
         seed_everything(0)

@@ -6,6 +6,7 @@
 __all__ = ['AdaFlowConfig', 'step_size', 'follow', 'weighted_loss', 'variance_head', 'AdaFlowPolicy']
 
 # %% ../../nbs/methods/ada_flow.ipynb #9ecff726
+import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -22,8 +23,8 @@ class AdaFlowConfig(MethodConfig):
     "A flow whose steps are as long as the estimated variance allows (Hu et al. 2024)."
 
     kind: Literal["ada_flow"] = "ada_flow"
-    eta: PositiveFloat = 0.1
-    "η: tolerated error of a step, in normalised units."
+    eta: PositiveFloat = 0.5
+    "η: tolerated error of a step, over a whole chunk in normalised units (released: 0.1, evaluated at 0.5)."
     max_steps: Width = 20
     "N: most steps of a chunk."
     head: Annotated[list[Width], Field(min_length=1, max_length=32)] = [128, 128, 128]
@@ -33,7 +34,7 @@ class AdaFlowConfig(MethodConfig):
 def step_size(
     sigma: Float[Tensor, " batch"], t: Float[Tensor, " batch"], *, eta: float, max_steps: int
 ) -> Float[Tensor, " batch"]:
-    "h at times `t` where the velocity deviates by `sigma`."
+    "h at times `t` where a chunk's velocity deviates by `sigma`, the root of a sum over its entries."
     return torch.minimum((eta / sigma).clamp(min=1 / max_steps), 1 - t)
 
 # %% ../../nbs/methods/ada_flow.ipynb #c98a5fc5
@@ -44,14 +45,15 @@ def follow(
     method: AdaFlowConfig,
 ) -> tuple[Float[Tensor, "batch time action"], int]:
     """Where `x` is carried from t = 0 to 1, and how many steps all chunks took together. `predict(x, t, z)`
-    gives velocity and log σ."""
+    gives the velocity and the logarithm of an entry's deviation."""
     x, t, n_steps = x.clone(), torch.zeros(len(x), device=x.device), 0
+    root = math.sqrt(x[0].numel())  # from an entry's deviation to a chunk's
     for _ in range(method.max_steps):
         on = (t < 1 - 1e-6).nonzero()[:, 0]
         if not len(on):
             break
         v, log_sigma = predict(x[on], t[on], z[on])
-        h = step_size(log_sigma.exp(), t[on], eta=method.eta, max_steps=method.max_steps)
+        h = step_size(root * log_sigma.exp(), t[on], eta=method.eta, max_steps=method.max_steps)
         x[on] += h[:, None, None] * v
         t[on] += h
         n_steps += len(on)
@@ -59,7 +61,7 @@ def follow(
 
 # %% ../../nbs/methods/ada_flow.ipynb #b0881932
 def weighted_loss(error: Float[Tensor, " batch"], log_sigma: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
-    "Squared errors weighted by the variance, plus its price log σ; averaged."
+    "Squared errors weighted by the variance, plus the variance's price log σ; averaged over the batch."
     return (error / (2 * (2 * log_sigma).exp()) + log_sigma).mean()
 
 # %% ../../nbs/methods/ada_flow.ipynb #60648704
@@ -87,14 +89,14 @@ class AdaFlowPolicy(NoiseNetPolicy):
         t: Float[Tensor, " batch"],
         z: Float[Tensor, "batch latent"],
     ) -> tuple[Float[Tensor, "batch time action"], Float[Tensor, " batch"]]:
-        "Velocity and log σ."
+        "Velocity, and the logarithm of an entry's deviation."
         condition = self.net.step_part(self.time_scale * t) + self.net.latent_part(z)
         v, middle = self.net.with_middle(x, condition)
         return v, self.head(middle)[:, 0].clamp(-6, 3)
 
     def loss(self, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
         """The variance-weighted flow matching error at times drawn from U[0, 1], under `loss`; the `flow`
-        error, and `sigma`."""
+        error and the deviation `sigma`, both of an entry."""
         clean = self.repeated(self.normalised(batch))
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         t = torch.rand(len(clean), generator=generator, device=clean.device)

@@ -27,7 +27,11 @@ class FlowPolicyConfig(MethodConfig):
     n_segments: Width = 2
     "K: segments of the time from 0 to 1."
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    "δ: between the two times that must agree; also the smallest time in training."
+    "δ: between the two times that must agree (released code: 0.01)."
+    eps: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    "ε: the smallest time, in training and when acting (released code: 0.01)."
+    stop_gradient: bool = True
+    "The later time's side is held fixed in the loss (released code: false)."
     velocity_weight: Weight = 0.00001
     "α: weight of the velocities' agreement."
     time_scale: PositiveFloat = 10.0
@@ -54,9 +58,9 @@ def consistency_loss(
     end, r = segment_end(t, method.n_segments), (t + method.delta).clamp(max=1)
     x_t, x_r, x_s = (u.view(column) * clean + (1 - u).view(column) * noise for u in (t, r, end))
     v_t = velocity(x_t, t)
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not method.stop_gradient):
         v_r = velocity(x_r, r)
-        f_r = torch.where((r >= 1).view(column), x_s, x_r + (end - r).view(column) * v_r)
+    f_r = torch.where((r >= 1).view(column), x_s, x_r + (end - r).view(column) * v_r)
     f_t = x_t + (end - t).view(column) * v_t
     agree = (f_t - f_r).square().mean()
     smooth = ((v_t - v_r).square().mean((1, 2)) * (end - t > 1.01 * method.delta)).mean()
@@ -84,26 +88,31 @@ class FlowPolicy(NoiseNetPolicy):
         return consistency_loss(lambda x, t: self.velocity(x, t, z), clean, noise, t, self.method)
 
     def loss(self, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
-        "The consistency loss at times drawn from U[δ, 1]."
-        clean, delta = self.repeated(self.normalised(batch)), self.method.delta
+        "The consistency loss at times drawn from U[ε, 1]."
+        clean, eps = self.repeated(self.normalised(batch)), self.method.eps
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-        t = delta + (1 - delta) * torch.rand(len(clean), generator=generator, device=clean.device)
+        t = eps + (1 - eps) * torch.rand(len(clean), generator=generator, device=clean.device)
         return self.consistency(clean, noise, t, self.repeated(self.encode(batch["obs"], generator)[0]))
 
     def mean_steps(self) -> float:
         "Steps per chunk."
         return float(self.method.n_steps)
 
+    def times(self, device: torch.device) -> Float[Tensor, " steps"]:
+        "Where the steps of acting are taken: spread evenly from ε, the first time that was trained."
+        eps, n = self.method.eps, self.method.n_steps
+        return eps + (1 - eps) * torch.arange(n, device=device) / n
+
     @torch.no_grad()
     def act(
         self, obs: dict[str, Tensor], generator: torch.Generator
     ) -> Float[Tensor, "batch executed action"]:
         "Actions for observations `(B, n_obs_steps, …)`, in the environment's units."
-        z, n = self.encode(obs)[0], self.method.n_steps
+        z = self.encode(obs)[0]
         shape = (len(z), self.horizon, self.shapes.action_dim)
         x = torch.randn(shape, generator=generator, device=z.device)
-        times = self.net.step_part(self.method.time_scale * torch.arange(n, device=z.device) / n)
+        times = self.net.step_part(self.method.time_scale * self.times(z.device))
         latent = self.net.latent_part(z)
         for time in times:
-            x = torch.add(x, self.net.denoise(x, time + latent), alpha=1 / n)
+            x = torch.add(x, self.net.denoise(x, time + latent), alpha=1 / self.method.n_steps)
         return self.executed(x, obs)
