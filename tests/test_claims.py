@@ -3,12 +3,15 @@
 import json
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
 from dpag.files import read_text, root, write_text
-from dpag.paths import Results, published
+from dpag.paths import Cell, Results, published
+from dpag.rows import Measured
+from dpag.verdicts import NOT_HERE, REFUTED, REPRODUCED, UNTESTED, claims, gains_table, rows_of_spirals
 
 sys.path.append(str(root() / "tools"))
 
@@ -123,3 +126,69 @@ def test_a_value_shows_its_interval_where_it_is_asked_for():
     value = Value(0.0649, 0.0227, 0.1058)
     assert (f"{value}", f"{value:.2f}", f"{value:.2fi}") == ("0.065", "0.06", "0.06 [0.02, 0.11]")
     assert f"{value:i}" == "0.065 [0.023, 0.106]" and not value.holds_zero
+
+
+# Verdicts
+
+
+@pytest.fixture
+def pair(tmp_path):
+    "Writes DP's and DP-AG's rows of Push-T kp: the gain of each training seed, and noise of the states."
+
+    def write(*gains, run="laptop-scripted", spread=0.01, task="pusht_kp"):
+        noise = np.random.default_rng(0).normal(size=(len(gains), 2, 40))
+        for seed, gain in enumerate(gains):
+            for i, method in enumerate(("dp", "dp_ag")):
+                score = np.clip(0.5 + i * gain + spread * noise[seed, i], 0, 1)
+                folder = Results(tmp_path).evaluation(Cell(run, task, method, seed))
+                folder.mkdir(parents=True, exist_ok=True)
+                rows = pd.DataFrame(
+                    {"state_seed": range(40), "score": score, "jerk": 1 - score, "success": 1}
+                )
+                rows.to_csv(folder / "episodes.csv", index=False)
+        table = gains_table(Measured(Results(tmp_path))).set_index("claim: DP-AG is better in")
+        return table.loc[{"pusht_kp": "Push-T kp: score", "ur5_candy": "UR5 candy push: jerk"}[task]]
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "gains,more,expected",
+    [
+        ((0.1, 0.1, 0.1), {}, REPRODUCED),
+        ((0.02, 0.02, 0.02), {}, f"{REPRODUCED}: a smaller gain than the paper's"),
+        ((0.1,), {}, f"{UNTESTED}: a gain, of one training seed"),
+        ((0.0, 0.0, 0.0), {}, NOT_HERE),
+        ((0.0,), {}, f"{NOT_HERE}: no gain, of one training seed"),
+        ((0.0, 0.0, 0.0), {"run": "paper-human"}, REFUTED),
+        ((0.0, 0.0, 0.0), {"spread": 0.3}, f"{UNTESTED}: so small a gain would not be seen"),
+        ((0.4, 0.4), {"spread": 0.0, "task": "ur5_candy"}, REPRODUCED),
+    ],
+)
+def test_a_verdict_follows_its_rows(pair, gains, more, expected):
+    assert pair(*gains, **more).verdict == expected
+
+
+def test_a_verdict_changes_with_its_rows(pair):
+    before, after = pair(0.1, 0.1, 0.1).copy(), pair(0.0, 0.0, 0.0)
+    assert (before.verdict, after.verdict) == (REPRODUCED, NOT_HERE) and before.measured != after.measured
+
+
+def test_a_verdict_rests_on_the_run_with_most_seeds_and_shows_the_others(pair):
+    pair(0.1, run="workstation-human")
+    row = pair(0.0, 0.0)
+    assert (
+        row["rests on"] == "laptop, scripted, 2 × 40" and "(workstation, human, 1 × 40)" in row["other runs"]
+    )
+    assert pair(0.0, 0.0, run="workstation-human")["rests on"] == "workstation, human, 2 × 40"
+
+
+def test_every_number_that_the_paper_prints_as_better_has_a_verdict():
+    measured = Measured(published())
+    table, long = gains_table(measured), Rows(published())
+    assert len(table) == len(list(claims())) == 19
+    assert table.verdict.str.match(f"{REPRODUCED}|{NOT_HERE}|{REFUTED}|{UNTESTED}").all()
+    (kp,) = table[table.iloc[:, 0] == "Push-T kp: score"].itertuples()
+    diff = long.diff("workstation-human", "pusht_kp")
+    assert kp.measured == f"{diff:+.3f} [{diff.low:.3f}, {diff.high:.3f}]"
+    assert len(list(rows_of_spirals(measured))) == 4

@@ -49,7 +49,7 @@ FLOORS = [
         "tables",
         "plots",
     ),
-    *("ablation", "report", "warm", "pipeline"),
+    *("ablation", "report", "verdicts", "warm", "pipeline"),
 ]
 
 

@@ -141,7 +141,7 @@ class Rows:
         return (means[0] - means[1] if minus else means[0]).dropna().tolist()
 
     def alone(self, run, task, method, base="dp") -> Value:
-        "The paired difference of two methods with an interval from their own seeds, where a table pools seeds."
+        "The paired difference of two methods, with an interval from their own seeds alone."
         difference = self.episodes(run, task, method).score - self.episodes(run, task, base).score
         return Value(*mean_interval(difference.unstack("state_seed").to_numpy()))
 
