@@ -12,6 +12,7 @@ import builtins
 import json
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ WORDS += ["twelve", *(f"{n}teen" for n in ("thir", "four", "fif", "six", "seven"
 READ = [*WORDS[2:], "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "hundred", "thousand"]
 DIGITS = r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?!\w|\.\d)"  # no part of a name or of a version
 NUMBER = re.compile(rf"{DIGITS}|\b(?i:{'|'.join(READ)})\b")
+SHOWN = re.compile(rf"{NUMBER.pattern}|\b(?i:zero|one)\b")  # what may stand in an expression's place
 UNSEEN = re.compile(r"\]\([^)]*\)|`[^`]*`")  # targets of links, code
 
 
@@ -225,8 +227,8 @@ class Claim:
             text, pattern = text + literal, pattern + re.escape(literal)
             if field is not None:
                 value = format(eval(field, dict(names)), form)
-                between = (re.escape(part) for part in NUMBER.split(value))
-                text, pattern = text + value, pattern + f"({f'(?:{NUMBER.pattern})'.join(between)})"
+                between = (re.escape(part) for part in SHOWN.split(value))
+                text, pattern = text + value, pattern + f"({f'(?:{SHOWN.pattern})'.join(between)})"
         return text, re.compile(pattern)
 
     def true(self, names: dict) -> bool:
@@ -255,14 +257,15 @@ def sentence(text: str, at: int) -> str:
 
 
 class Check:
-    """Every claim against every text. `findings` is what is wrong, `lines` are to be printed, `texts` have
-    the present numbers afterwards."""
+    """Every claim against every text. `present` are the claims with their numbers, `counts` the numbers by
+    source, `findings` is what is wrong, `texts` have the present numbers afterwards."""
 
     def __init__(self, texts: dict[str, str], names: dict, file: dict):
         self.read, self.texts, self.names = texts, dict(texts), dict(names)
-        self.accounted: dict[str, list[tuple[int, int]]] = {where: [] for where in texts}
+        self.accounted: dict[str, list[tuple[int, int, str]]] = {where: [] for where in texts}
+        self.counts: Counter[str] = Counter()
         self.findings: list[Finding] = []
-        self.lines: list[str] = []
+        self.present: list[str] = []
         for name, expression in file["let"].items():
             self.let(name, expression)
         for entry in file["claims"]:
@@ -276,7 +279,6 @@ class Check:
     def found(self, kind: str, where: str, what: str):
         "Note what is wrong."
         self.findings.append(Finding(kind, where, what))
-        self.lines.append(f"    {self.findings[-1]}")
 
     def matches(self, pattern: re.Pattern | str, name: str) -> list[tuple[str, re.Match]]:
         "Where a pattern stands in the texts; it is wrong when that is nowhere."
@@ -299,11 +301,11 @@ class Check:
             true = claim.true(self.names)
         except Exception as e:  # whatever an expression raises is told beside its claim
             return self.found("cannot be computed", claim.text, f"{type(e).__name__}: {e}")
-        self.lines.append(now)
+        self.present.append(now)
         if not true:
             self.found("no longer true", now, claim.holds)
         for where, match in self.matches(pattern, now):
-            self.accounted[where] += [match.span(i + 1) for i in range(pattern.groups)]
+            self.accounted[where] += [(*match.span(i + 1), "the rows") for i in range(pattern.groups)]
             if match[0] != now:
                 self.found("stale", where, f"{match[0]!r} is now {now!r}")
                 self.texts[where] = self.texts[where].replace(match[0], now)
@@ -311,14 +313,16 @@ class Check:
     def given(self, source: str, part: str):
         "Whether a part of a text whose source is listed stands in a text."
         for where, match in self.matches(re.escape(part), f"{source}: {part}"):
-            self.accounted[where].append(match.span())
+            self.accounted[where].append((*match.span(), source))
 
     def numbers(self, where: str):
         "Whether every number of a text is accounted for."
         text = self.read[where]
-        spans = [*self.accounted[where], *(m.span() for m in UNSEEN.finditer(text))]
+        spans = [*((*m.span(), "") for m in UNSEEN.finditer(text)), *self.accounted[where]]
         for number in NUMBER.finditer(text):
-            if not any(a <= number.start() and number.end() <= b for a, b in spans):
+            sources = [s for a, b, s in spans if a <= number.start() and number.end() <= b]
+            self.counts.update(filter(None, sources[:1]))
+            if not sources:
                 what = f"{number[0]!r} in {sentence(text, number.start())!r}"
                 self.found("neither claimed nor given", where, what)
 
@@ -335,14 +339,15 @@ def write_texts(texts: dict[str, str], root: Path = ROOT):
 
 
 def main(write: bool):
-    "Print every claim and what is wrong; exit with 1 if anything is."
+    "Print every claim, then what is wrong; exit with 1 if anything is."
     check = Check(read_texts(), Rows(published()).names, yaml.safe_load(read_text(CLAIMS)))
-    print("\n".join(check.lines))
+    print(*check.present, "\nnumbers by their source:", sep="\n")
+    print(*(f"{n:5} {source}" for source, n in check.counts.most_common()), sep="\n")
+    print(f"\n{len(check.findings)} findings", *check.findings, sep="\n")
     if write:
         write_texts(check.texts)
-        print("\nThe notebooks have the present numbers: now python tools/make_readme.py")
-    print(f"\n{len(check.findings)} findings")
-    sys.exit(bool(check.findings) and 1)
+        print("\nWhat was stale is mended in the notebooks: now python tools/make_readme.py")
+    sys.exit(1 if check.findings else 0)
 
 
 if __name__ == "__main__":
