@@ -191,6 +191,13 @@ class Rows:
         rows = pd.read_csv(self.results.spirals("laptop") / "runs.csv")
         return rows.pivot(index="train_seed", columns="method", values="mse")
 
+    def saved(self, notebook: str, pattern: str) -> list[float]:
+        "The numbers that a pattern's group finds in the saved outputs of a notebook."
+        cells = json.loads(read_text(ROOT / f"nbs/{notebook}.ipynb"))["cells"]
+        outputs = [out for cell in cells for out in cell.get("outputs", [])]
+        texts = ["".join(out.get("text", out.get("data", {}).get("text/plain", ""))) for out in outputs]
+        return [float(number) for text in texts for number in re.findall(pattern, text)]
+
     def word(self, n: int) -> str:
         "A small number in words."
         return WORDS[n]
