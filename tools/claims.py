@@ -185,7 +185,6 @@ class Rows:
         (row,) = rows.itertuples()
         return Value(getattr(row, column), getattr(row, "ci_low", np.nan), getattr(row, "ci_high", np.nan))
 
-    @cached_property
     def errors(self) -> pd.DataFrame:
         "The errors of the spirals, by training seed and model."
         rows = pd.read_csv(self.results.spirals("laptop") / "runs.csv")
