@@ -8,6 +8,7 @@ __all__ = ['final_difference', 'plot_curve', 'plot_rates', 'plot_distribution', 
 
 # %% ../nbs/11_plots.ipynb #318b77cf
 from collections.abc import Iterable
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -145,7 +146,7 @@ _RUNS = {
     "workstation-scripted": ("o", "#0072b2"),
     "laptop-scripted": ("o", "#56b4e9"),
 }
-_RING = {"marker": "o", "ms": 7, "mfc": "none", "mec": "k", "mew": 0.9, "ls": "none"}
+_RING: dict[str, Any] = {"marker": "o", "ms": 7, "mfc": "none", "mec": "k", "mew": 0.9, "ls": "none"}
 
 
 def _draw_cells(ax: Axes, points: pd.DataFrame, lines: dict[str, int]):
@@ -153,9 +154,10 @@ def _draw_cells(ax: Axes, points: pd.DataFrame, lines: dict[str, int]):
     for title, cell in points.groupby("title"):
         y = lines[str(title)]
         ax.plot(cell.paper.iloc[0], y, **_RING, zorder=3)
-        for i, row in enumerate(cell.itertuples()):
+        rows: list[Any] = list(cell.itertuples())
+        for i, row in enumerate(rows):
             marker, color = _RUNS.get(f"{row.profile}-{row.demos}", ("s", "0.5"))
-            place = y + 0.36 * (i - (len(cell) - 1) / 2)
+            place = y + 0.36 * (i - (len(rows) - 1) / 2)
             width = 1 if row.n_seeds == 1 else 2.5
             ax.plot([row.ci_low, row.ci_high], [place, place], color=color, lw=width, solid_capstyle="butt")
             ax.plot(row.measured, place, marker, ms=3.6, color=color, zorder=4)

@@ -34,7 +34,7 @@ def gain(a: np.ndarray, b: np.ndarray, metric: str) -> np.ndarray:
 def printed_gain(task: str, metric: str) -> float | None:
     "DP-AG's gain over DP in the paper; None where it does not print both."
     a, b = (paper.number(task, metric, method) for method in ("dp_ag", "dp"))
-    return round(float(gain(np.float64(a[0]), np.float64(b[0]), metric)), 4) if a and b else None
+    return round(float(gain(np.array(a[0]), np.array(b[0]), metric)), 4) if a and b else None
 
 
 def claims() -> Iterator[tuple[str, str, float]]:
@@ -73,7 +73,7 @@ def evidence(cells: dict[str, pd.DataFrame], task: str, metric: str) -> Evidence
     pair = paired(rows["dp_ag"], rows["dp"], metric)
     if pair is None:
         return None
-    gains = gain(*(np.asarray(x, float) for x in pair), metric)
+    gains = gain(*pair, metric=metric)
     gains = gains[:, np.isfinite(gains).all(0)]
     if not gains.size:
         return None
@@ -118,7 +118,7 @@ def shown_gain(values: Interval, metric: str, n_seeds: int) -> str:
 
 def shown_printed(task: str, metric: str, printed: float) -> str:
     "The paper's two numbers and its gain."
-    dp, dp_ag = (paper.printed(task, metric, m).mean for m in ("dp", "dp_ag"))
+    dp, dp_ag = (n[0] for m in ("dp", "dp_ag") if (n := paper.number(task, metric, m)))
     change = f"× {np.exp(-printed):.2f}" if metric in LESS_IS_BETTER else f"{printed:+.2f}"
     form = ".3f" if metric == "jerk" else ".1f" if metric == "seconds" else ".2f"
     return f"{dp:{form}} → {dp_ag:{form}} ({change})"
@@ -147,8 +147,8 @@ def gains_table(measured: Measured) -> pd.DataFrame:
     pair = episodes[episodes.method.isin(["dp", "dp_ag"])]
     blocks: dict[str, dict[str, dict[str, pd.DataFrame]]] = {}
     for (task, run), block in pair.groupby(["task", "run"]):
-        blocks.setdefault(task, {})[run] = dict(list(block.groupby("method")))
-    return pd.DataFrame([gain_row(blocks.get(task, {}), task, *rest) for task, *rest in claims()])
+        blocks.setdefault(str(task), {})[str(run)] = {str(m): c for m, c in block.groupby("method")}
+    return pd.DataFrame([gain_row(blocks.get(t, {}), t, metric, printed) for t, metric, printed in claims()])
 
 # %% ../nbs/11_verdicts.ipynb #ae8fe6b9
 def is_best(cells: pd.DataFrame) -> bool:
