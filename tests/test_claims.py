@@ -102,6 +102,7 @@ def test_numbers_in_names_links_and_code_say_nothing(results, word):
 def test_a_sentence_that_was_rewritten_has_to_be_claimed_anew(results):
     wrong, _ = findings(results, TEXT.replace("DP has", "The score of DP is"))
     assert set(wrong) == {"in no text", "neither claimed nor given"}
+    assert "'The score of DP is 0.90 and 1,000 steps.'" in wrong["in no text"].what
 
 
 @pytest.mark.parametrize("expression", ["of(laptop, pusht_kp, dpp)", "of(human, pusht_kp, dp)", "1 / 0"])

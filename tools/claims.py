@@ -14,6 +14,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
 from string import Formatter
@@ -290,8 +291,13 @@ class Check:
         "Where a pattern stands in the texts; it is wrong when that is nowhere."
         found = [(where, match) for where, text in self.read.items() for match in re.finditer(pattern, text)]
         if not found:
-            self.found("in no text", name, "change the claim where the sentence was rewritten, or remove it")
+            self.found("in no text", name, f"the nearest sentence is {self.nearest(name)!r}")
         return found
+
+    def nearest(self, name: str) -> str:
+        "The sentence of the texts that is most like a claim that is in none."
+        sentences = [s for text in self.read.values() for s in re.split(r"(?<=[.:;]) |\n", text)]
+        return next(iter(get_close_matches(name, sentences, n=1, cutoff=0)), "")
 
     def let(self, name: str, expression: str):
         "Give a value a name that claims may use."
