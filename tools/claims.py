@@ -117,6 +117,14 @@ class Rows:
         "How many training seeds a method has, or `n_episodes` of each."
         return int(self.row(run, task, method, metric)[what])
 
+    def tries(self, run, task, method) -> int:
+        "The episodes of all training seeds together."
+        return self.n(run, task, method) * self.n(run, task, method, "n_episodes")
+
+    def wins(self, run, task, method) -> int:
+        "How many of them succeeded."
+        return round(self.of(run, task, method, "success") * self.tries(run, task, method))
+
     def printed(self, task, method, metric="score") -> float:
         "The paper's number."
         return paper.number(task, metric, method)[0]
