@@ -105,11 +105,9 @@ class Rows:
         "The agent's jerk divided by DP's, paired."
         return self.of(run, task, method, "jerk_agent_to_dp")
 
-    def everywhere(self, metric, method="dp_ag", runs=(), tasks=(), of=None) -> dict[tuple, Value]:
-        "A metric of a method by (run, task), of these runs and tasks or all, or of those of a table."
+    def everywhere(self, metric, method="dp_ag", runs=(), tasks=()) -> dict[tuple, Value]:
+        "A metric of a method by (run, task), of these runs and tasks or of all."
         found = self.long.xs((method, metric), level=("method", "metric"))
-        if of:
-            tasks = paper.tables()[of].tasks
         keys = [k for k in found.index if (not runs or k[0] in runs) and (not tasks or k[1] in tasks)]
         return {k: self.of(*k, method, metric) for k in keys}
 
