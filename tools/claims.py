@@ -63,7 +63,8 @@ class Value(float):
 
 class Rows:
     """What claims may ask of a tree of results. A run is `laptop`, `workstation` (scripted demonstrations) or
-    `human` (the profile workstation's). Raises KeyError for what was not measured."""
+    `human` (the profile workstation's), any other its name in quotes. Raises KeyError for what was not
+    measured."""
 
     RUNS = {"laptop": "laptop-scripted", "workstation": "workstation-scripted", "human": "workstation-human"}
 
