@@ -56,6 +56,11 @@ class Results:
     def figures(self, run: str) -> Path:
         return self.folder / "figures" / run
 
+    @property
+    def overview(self) -> Path:
+        "The figure of all cells beside the paper's."
+        return self.folder / "figures/overview.png"
+
     def notebook(self, run: str, name: str) -> Path:
         return self.folder / "notebooks" / run / f"{name}.ipynb"
 

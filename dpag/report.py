@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'PUSHT', 'ROBOMIMIC', 'KITCHEN', 'UR5', 'COMPARED', 'SPIRALS', 'OTHER', 'TABLES', 'HEADLINES', 'TRAINING',
-           'KEPT', 'OVERVIEW', 'PAIR', 'published_columns', 'details', 'task_table', 'printed_mse', 'spirals_rows',
+           'OVERVIEW', 'KEPT', 'PAIR', 'published_columns', 'details', 'task_table', 'printed_mse', 'spirals_rows',
            'long_tables', 'write_tables', 'headlines', 'metric_files', 'training_curves', 'score_points',
-           'write_metrics', 'figures_of', 'write_figures', 'check_tables', 'copy_folder', 'finished_cells', 'copy_run',
-           'write_published', 'publish', 'compare', 'read_long', 'overview_parts', 'overview_row', 'overview', 'main']
+           'write_metrics', 'figures_of', 'write_figures', 'read_long', 'overview_parts', 'overview_numbers',
+           'numbers_hash', 'write_overview', 'check_overview', 'check_tables', 'copy_folder', 'finished_cells',
+           'copy_run', 'write_published', 'publish', 'compare', 'overview_row', 'overview', 'main']
 
 # %% ../nbs/11_report.ipynb #ddb88fd0
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -25,11 +27,11 @@ import pandas as pd
 from . import paper
 from .ablation import ABLATION, plot_ablation
 from .config import SettingsError
-from .figures import save_figure
+from .figures import about_figure, save_figure
 from .files import SUMS, DamagedError, atomic, atomic_folder, check_seal, read_text, seal, write_text
 from .interplay import INTERPLAY, interplay_rows, levels_of, plot_gains
 from .paths import Cell, Results, own, published
-from .plots import plot_curve, plot_distribution, plot_spirals
+from .plots import overview_points, plot_curve, plot_distribution, plot_overview, plot_spirals
 from .rows import LATENCY, Measured, check_evaluation, is_variant, read_csv, read_rows
 from .stats import COLUMNS, bootstrap_mean
 from dpag.tables import (
@@ -359,10 +361,66 @@ def write_figures(results: Results, run: str) -> list[Path]:
         names = [save_figure(fig, folder / f"{name}.png").name for name, fig in figures]
     return [results.figures(run) / name for name in names]
 
+# %% ../nbs/11_report.ipynb #baee5abf
+OVERVIEW = {
+    "pusht": ("score",),
+    "robomimic": ("success",),
+    "kitchen": ("t1", "t2", "t3", "t4"),
+    "ur5": ("iou", "success"),
+}
+
+
+def read_long(results: Results) -> pd.DataFrame:
+    "The long tables that the overview is made from, as they were written."
+    return pd.concat([pd.read_csv(results.tables / f"{name}.csv") for name in OVERVIEW])
+
+# %% ../nbs/11_report.ipynb #410f7ebc
+def overview_parts(long: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    "For each task, metric and run of the overview: a title, and the rows of the long table by method."
+    for name, metrics in OVERVIEW.items():
+        columns = [(task, metric) for task, metric in paper.tables()[name].columns if metric in metrics]
+        for task, metric in columns:
+            named = len({m for _, m in columns}) > 1
+            title = task_title(task) + (f": {find_metric(metric, [task]).title}" if named else "")
+            rows = long[(long.task == task) & (long.metric == metric) & ~long.method.str.contains("/")]
+            for _, part in rows.groupby(["profile", "demos"]):
+                yield title, part.set_index("method")
+
+# %% ../nbs/11_report.ipynb #962a4e22
+def overview_numbers(results: Results) -> pd.DataFrame:
+    "What the figure of the overview shows of the tables of `results`."
+    long = read_long(results)
+    return overview_points(overview_parts(long) if len(long) else [])
+
+
+def numbers_hash(numbers: pd.DataFrame) -> str:
+    "A hash of a data frame, six digits of each number."
+    text = numbers.to_csv(index=False, float_format="%.6g")
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def write_overview(results: Results) -> list[Path]:
+    "Draw the overview of all cells from the tables of `results`; without any cell there is no figure."
+    numbers = overview_numbers(results)
+    if not len(numbers):
+        return []
+    return [save_figure(plot_overview(numbers), results.overview, about=numbers_hash(numbers))]
+
 # %% ../nbs/11_report.ipynb #154e1adb
+def check_overview(results: Results, numbers: pd.DataFrame) -> list[str]:
+    "What is wrong with the figure of the overview, which shows `numbers` if it was drawn from the rows."
+    try:
+        there = about_figure(results.overview)
+    except OSError:  # missing, or no image
+        there = ""
+    if there == (numbers_hash(numbers) if len(numbers) else ""):
+        return []
+    return [f"{results.overview} differs from what the rows in {results.folder} give, or is missing"]
+
+# %% ../nbs/11_report.ipynb #48714e5c
 def check_tables(results: Results) -> list[str]:
-    """What is wrong with the tables and the metrics of `results`: rows that are damaged, files that differ
-    from what the rows give, are missing, or are made from nothing. Empty when all is well."""
+    """What is wrong with the tables, the metrics and the overview of `results`: rows that are damaged, files
+    that differ from what the rows give, are missing, or are made from nothing. Empty when all is well."""
     wrong = []
     try:
         for cell, path in results.evaluations("episodes.csv"):
@@ -381,6 +439,7 @@ def check_tables(results: Results) -> list[str]:
                 wrong.append(f"{path} is missing")
             elif read_text(path) != read_text(made.folder / name):
                 wrong.append(f"{path} differs from what the rows in {results.folder} give")
+        wrong += check_overview(results, overview_numbers(made))
         there = [*results.tables.glob("*.*"), *(results.folder / "metrics").rglob("*.json")]
         for path in sorted(there):
             if path.relative_to(results.folder) not in names:
@@ -433,9 +492,10 @@ def copy_run(run: str, source: Results, target: Results):
 
 # %% ../nbs/11_report.ipynb #f14e8fdb
 def write_published(results: Results) -> list[Path]:
-    "Make the tables and the metrics of the published results anew; training logs are not published."
+    "Make what follows from the published rows anew, but for each run's figures; no training logs."
     longs = long_tables(Measured(results))
-    return write_tables(longs, results.tables) + write_metrics(longs, results.folder)
+    paths = write_tables(longs, results.tables) + write_metrics(longs, results.folder)
+    return paths + write_overview(results)
 
 
 def publish(run: str, source: Results | None = None, target: Results | None = None) -> list[Path]:
@@ -469,31 +529,6 @@ def compare(results: Results, reference: Results) -> pd.DataFrame:
         rows.append((*place, found, score, other, score - other))
     columns = ["run", "task", "method", "train_seed", "found", "score", "published", "difference"]
     return pd.DataFrame(rows, columns=columns)
-
-# %% ../nbs/11_report.ipynb #baee5abf
-OVERVIEW = {
-    "pusht": ("score",),
-    "robomimic": ("success",),
-    "kitchen": ("t1", "t2", "t3", "t4"),
-    "ur5": ("iou", "success"),
-}
-
-
-def read_long(results: Results) -> pd.DataFrame:
-    "The long tables that the overview is made from, as they were written."
-    return pd.concat([pd.read_csv(results.tables / f"{name}.csv") for name in OVERVIEW])
-
-# %% ../nbs/11_report.ipynb #410f7ebc
-def overview_parts(long: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    "For each task, metric and run of the overview: a title, and the rows of the long table by method."
-    for name, metrics in OVERVIEW.items():
-        columns = [(task, metric) for task, metric in paper.tables()[name].columns if metric in metrics]
-        for task, metric in columns:
-            named = len({m for _, m in columns}) > 1
-            title = task_title(task) + (f": {find_metric(metric, [task]).title}" if named else "")
-            rows = long[(long.task == task) & (long.metric == metric) & ~long.method.str.contains("/")]
-            for _, part in rows.groupby(["profile", "demos"]):
-                yield title, part.set_index("method")
 
 # %% ../nbs/11_report.ipynb #f7d09210
 PAIR = ["dp", "dp_ag"]

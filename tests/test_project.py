@@ -51,7 +51,7 @@ FLOORS = [
         "tables",
         "plots",
     ),
-    *("ablation", "interplay", "report", "warm", "pipeline"),
+    *("ablation", "interplay", "report", "verdicts", "warm", "pipeline"),
 ]
 
 

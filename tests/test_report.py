@@ -13,6 +13,7 @@ from scipy import stats
 from dpag import paper
 from dpag.ablation import ABLATION, ROWS, pooled_spread, variant
 from dpag.config import SettingsError
+from dpag.figures import about_figure
 from dpag.files import SUMS, read_text, root, seal, write_text
 from dpag.paths import Cell, Results, published
 from dpag.policy import METHODS
@@ -28,7 +29,9 @@ from dpag.report import (
     headlines,
     long_tables,
     metric_files,
+    numbers_hash,
     overview,
+    overview_numbers,
     publish,
     spirals_rows,
     training_curves,
@@ -294,6 +297,36 @@ def test_the_tables_that_are_shown_follow_from_the_published_ones(name):
         assert made == "".join(out["data"]["text/markdown"]), f"a table has changed: run nbs/{name}.ipynb"
         shown += 1
     assert shown
+
+
+def test_the_overview_shows_every_cell_once_and_the_larger_run(results):
+    for run in ("laptop-scripted", "workstation-scripted", "workstation-human"):
+        evaluation(results, "pusht_kp", "dp", 0, 0.9, run=run)
+    evaluation(results, "pusht_kp", "dp_ag", 0, 0.7)
+    evaluation(results, "kitchen", "dp", 0, [0.25, 0.5, 1.0, 1.0])
+    write_published(results)
+    numbers = overview_numbers(results)
+    shown = numbers.groupby(["title", "method"]).profile.apply(list).to_dict()
+    assert shown["Push-T kp", "dp"] == ["workstation"] * 2 and shown["Push-T kp", "dp_ag"] == ["laptop"]
+    assert numbers.set_index("title").measured["Kitchen: t2"] == 0.75
+    assert about_figure(results.overview) == numbers_hash(numbers)
+
+
+def test_an_overview_of_other_rows_is_noticed(results):
+    folder = evaluation(results, "pusht_kp", "dp", 0, 0.9)
+    write_published(results)
+    assert check_tables(results) == []
+    figure = results.overview.read_bytes()
+    pd.read_csv(folder / "episodes.csv").assign(score=0.8).to_csv(folder / "episodes.csv", index=False)
+    write_published(results)
+    drawn = results.overview.read_bytes()
+    for damaged in (figure, b"no image"):
+        results.overview.write_bytes(damaged)
+        assert [Path(w.split()[0]).name for w in check_tables(results)] == ["overview.png"]
+    results.overview.unlink()
+    assert "or is missing" in check_tables(results)[0]
+    write_published(results)
+    assert results.overview.read_bytes() == drawn
 
 
 def test_own_results_are_not_read_as_published_ones(results):
