@@ -12,6 +12,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -123,7 +124,7 @@ def arm_controllers(kwargs: dict, n_arms: int) -> list[dict]:
     """Each arm's controller of `env_kwargs`. Raises ValueError where one is missing or does something else
     than those of the scenes here, its scale and `control_delta` apart."""
     said = kwargs.get("controller_configs")
-    each = said if isinstance(said, list) else [said] * n_arms
+    each: list[Any] = said if isinstance(said, list) else [said] * n_arms
     if len(each) != n_arms or not all(isinstance(c, dict) for c in each):
         raise ValueError(f"env_args: controller_configs must describe the controllers of {n_arms} arms")
     for c in each:
