@@ -27,6 +27,7 @@ FLOORS = [
         "paths",
         "provenance",
         "data",
+        "lerobot",
         "encoder",
         "noise_net",
         "diffusion",
