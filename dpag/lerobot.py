@@ -173,15 +173,15 @@ def fill(template: str, values: Mapping[str, int | str]) -> str:
         raise ValueError(f"{template!r} gives {name!r}: allowed are paths inside the dataset's folder")
     return path.as_posix()
 
-# %% ../nbs/01_lerobot.ipynb #784b1cc3
-def read_parquet(path: Path, columns: Iterable[str]) -> pa.Table:
-    "These columns of a parquet file. Raises DamagedError where file or columns are missing or damaged."
-    columns = list(columns)
+# %% ../nbs/01_lerobot.ipynb #afd123fd
+def read_parquet(path: Path, columns: Iterable[str] | None = None) -> pa.Table:
+    "All or these columns of a parquet file. Raises DamagedError where any is missing or damaged."
     if not path.is_file():
         raise DamagedError(f"{path} is missing")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             there = file.schema_arrow.names
+            columns = list(there if columns is None else columns)
             if missing := [c for c in columns if there.count(c) != 1]:
                 raise DamagedError(f"{path} has no column {missing[0]!r}, or two; there are {there}")
             return file.read(columns=columns).select(columns)
@@ -348,7 +348,7 @@ def _episodes_v30(root: Path, info: Info) -> Iterator[tuple[int, Episode]]:
             data = _template(root, info, "data_path", _place(FilePlace, row, "data", where).model_dump())
             yield said.episode_index, Episode(said.length, said.tasks, data, clips)
 
-# %% ../nbs/01_lerobot.ipynb #b2e46aca
+# %% ../nbs/01_lerobot.ipynb #8c9fcc72
 def read_episodes(root, info: Info) -> list[Episode]:
     "The episodes in order. Raises DamagedError unless they are as many and as long as info.json says."
     root = Path(root)
@@ -372,11 +372,12 @@ def read_tasks(root, version: Version) -> list[str]:
     if version == "v2.1":
         rows = [(r.task_index, r.task) for r in _lines(Path(root), "meta/tasks.jsonl", TaskRow)]
     else:
-        names = pq.read_schema(path).names if path.is_file() else ["task_index"]
-        table = read_parquet(path, names).to_pandas().reset_index()
-        texts = next((c for c in table if c != "task_index"), "")
-        rows = list(zip(table["task_index"], table[texts] if texts else []))
-    if sorted(i for i, _ in rows) != list(range(len(rows))) or not all(isinstance(t, str) for _, t in rows):
+        columns = read_parquet(path).to_pydict()
+        texts = [a for name, a in columns.items() if name != "task_index"]  # pandas' index, of any name
+        rows = list(zip(columns.get("task_index", []), texts[0] if texts else []))
+    if not all(isinstance(i, int) and isinstance(t, str) for i, t in rows) or (
+        sorted(i for i, _ in rows) != list(range(max(1, len(rows))))
+    ):
         raise DamagedError(f"{path}: the tasks must be texts, numbered from 0 on, found {rows[:5]}")
     return [str(task) for _, task in sorted(rows)]
 
@@ -495,7 +496,7 @@ def _read_videos(
             pieces[i] = piece
     return np.concatenate(pieces)
 
-# %% ../nbs/01_lerobot.ipynb #316889c2
+# %% ../nbs/01_lerobot.ipynb #a0327c51
 OURS = "meta/dpag.json"
 
 
@@ -532,7 +533,7 @@ def _read_ours(root: Path, info: Info) -> Ours:
     if not path.is_file():
         return Ours(keys={k: Column(key=k, step=f.step) for k, f in info.features.items()}, meta={}, files={})
     try:
-        said, _, checksum = read_text(path).rstrip("\n").rpartition("\n")
+        said, _, checksum = read_text(path).rpartition("\n")[0].rpartition("\n")
     except UnicodeDecodeError:
         raise DamagedError(f"{path} is not UTF-8") from None
     if hashlib.sha256(said.encode()).hexdigest() != checksum:
@@ -754,7 +755,7 @@ def _table(features: dict[str, Feature], rows: dict[str, np.ndarray]) -> pa.Tabl
     hints = {"info": {"features": {k: _hint(f) for k, f in stored.items()}}}
     return table.replace_schema_metadata({"huggingface": json.dumps(hints)})
 
-# %% ../nbs/01_lerobot.ipynb #a477ad0c
+# %% ../nbs/01_lerobot.ipynb #d03017ea
 PIXELS = "yuv420p"  # a colour for each block of 2 × 2
 
 
@@ -777,7 +778,7 @@ class VideoWriter:
         os.environ.setdefault("SVT_LOG", "1")  # its errors alone
         options = {"crf": str(coding.crf), "g": str(coding.gop)}
         options |= {"preset": "12"} if coding.codec == "libsvtav1" else {}
-        self.path, self.frames, self.container = path, 0, av.open(str(path), "w")
+        self.frames, self.size, self.container = 0, 0, av.open(str(path), "w")
         rate = Fraction(fps).limit_denominator(1001)
         self.stream: Any = self.container.add_stream(coding.codec, rate, options=options)
         self.stream.height, self.stream.width, self.stream.pix_fmt = size[0], size[1], PIXELS
@@ -785,12 +786,17 @@ class VideoWriter:
     def add(self, images: np.ndarray):
         "Images `(T, H, W, 3)`, bytes."
         for pixels in images:
-            self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            self._put(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24"))
         self.frames += len(images)
+
+    def _put(self, frame: av.VideoFrame | None):
+        packets = self.stream.encode(frame)
+        self.size += sum(p.size for p in packets)
+        self.container.mux(packets)
 
     def close(self):
         "Write what is left."
-        self.container.mux(self.stream.encode())
+        self._put(None)
         self.container.close()
 
 # %% ../nbs/01_lerobot.ipynb #26814d4f
@@ -842,7 +848,7 @@ def _numbered(number: int) -> dict[str, int]:
         "episode_index": number,
     }
 
-# %% ../nbs/01_lerobot.ipynb #934cc7ed
+# %% ../nbs/01_lerobot.ipynb #fff3360f
 class Videos:
     "The mp4 files of one camera."
 
@@ -853,7 +859,7 @@ class Videos:
 
     def add(self, images: np.ndarray) -> dict[str, int | float]:
         "Encode an episode's images, and say where they are, and from when to when, s."
-        full = self.writer is not None and self.writer.path.stat().st_size > VIDEO_MB * 2**20
+        full = self.writer is not None and self.writer.size >= VIDEO_MB * 2**20
         if self.version == "v2.1" or self.writer is None or full:
             self.close()
             self.number += 1

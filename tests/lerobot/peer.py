@@ -3,10 +3,13 @@ version 2.1) or 0.4.4 (3.0), never by dpag's.
 
     python peer.py write FOLDER VIDEOS    # three episodes, with videos (1) or PNG images (0)
     python peer.py read FOLDER OUT.npz    # every step of a dataset as LeRobot gives it, and its statistics
+
+Several commands may follow each other. DPAG_LEROBOT_DECODER names LeRobot's decoder, pyav without it.
 """
 
 import contextlib
 import logging
+import os
 import sys
 
 import numpy as np
@@ -73,7 +76,9 @@ def write(folder: str, videos: bool):
 
 
 def read(folder: str, out: str):
-    dataset = LeRobotDataset("made/here", root=folder, video_backend=sys.argv[4] if sys.argv[4:] else "pyav")
+    dataset = LeRobotDataset(
+        "made/here", root=folder, video_backend=os.environ.get("DPAG_LEROBOT_DECODER", "pyav")
+    )
     items = [dataset[i] for i in range(len(dataset))]
     arrays = {k: np.stack([np.asarray(x[k]) for x in items]) for k in items[0]}
     for k in dataset.meta.camera_keys:  # floats up to 1, colours first
@@ -84,7 +89,9 @@ def read(folder: str, out: str):
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    if sys.argv[1] == "write":
-        write(sys.argv[2], sys.argv[3] == "1")
-    else:
-        read(sys.argv[2], sys.argv[3])
+    words = sys.argv[1:]
+    for command, folder, last in zip(words[::3], words[1::3], words[2::3]):
+        if command == "write":
+            write(folder, last == "1")
+        else:
+            read(folder, last)
