@@ -675,7 +675,7 @@ def read_lerobot(
     named = {here: _as_type(a, types.get(here), f"{root}: {here}") for here, a in shaped.items()}
     return Demonstrations(named, ends, _meta(info, ours, names, tasks, episodes))
 
-# %% ../nbs/01_lerobot.ipynb #fd7ad1c7
+# %% ../nbs/01_lerobot.ipynb #7415b3dd
 QUANTILES = (0.01, 0.10, 0.50, 0.90, 0.99)
 Stats = dict[str, list]
 
@@ -685,11 +685,13 @@ def _named(values: dict[str, np.ndarray], quantiles: Iterable[np.ndarray], count
     return {**{k: np.asarray(a, float).tolist() for k, a in (values | named).items()}, "count": [count]}
 
 
-def number_stats(a: np.ndarray) -> Stats:
-    "LeRobot's statistics of the numbers `(T, …)`."
-    a = a.astype(float)
+def number_stats(a: np.ndarray, version: Version) -> Stats:
+    """LeRobot's statistics of the numbers `(T, …)`: of each entry in version 2.1, of each entry of the last
+    axis in 3.0."""
+    n, step = len(a), a.shape[1:] or (1,)
+    a = a.astype(float).reshape((n, *step) if version == "v2.1" else (-1, step[-1]))
     values = {"min": a.min(0), "max": a.max(0), "mean": a.mean(0), "std": a.std(0)}
-    return _named(values, np.quantile(a, QUANTILES, axis=0), len(a))
+    return _named(values, np.quantile(a, QUANTILES, axis=0), n)
 
 
 def colour_counts(images: np.ndarray) -> np.ndarray:
@@ -968,7 +970,7 @@ class Request:
             **{k: a.astype(BOOKKEEPING[k])[:, None] for k, a in added.items()},
         }
 
-# %% ../nbs/01_lerobot.ipynb #66f468e9
+# %% ../nbs/01_lerobot.ipynb #f3bd050e
 def _write_episodes(folder: Path, r: Request) -> tuple[list[dict], list[dict[str, Stats]], dict[str, Stats]]:
     "Write numbers and videos; a row of metadata and the statistics of each episode, and those of all."
     columns, data = r.columns(), Rows(folder, r.version)
@@ -988,22 +990,20 @@ def _write_episodes(folder: Path, r: Request) -> tuple[list[dict], list[dict[str
         for k, video in videos.items():
             said |= video.add(part[k])
         seen = {k: colour_counts(part[k]) for k in cameras}
-        stats.append(_stats(part, seen))
+        stats.append(_stats(part, seen, r.version))
         counts = {k: counts[k] + seen[k] for k in cameras}
         rows.append(said)
         start = end
     data.close()
     for video in videos.values():
         video.close()
-    return rows, stats, _stats(columns, counts)
+    return rows, stats, _stats(columns, counts, r.version)
 
 
-def _stats(columns: dict[str, np.ndarray], counts: dict[str, np.ndarray]) -> dict[str, Stats]:
+def _stats(columns: dict, counts: dict[str, np.ndarray], version: Version) -> dict[str, Stats]:
     "The statistics by feature; `counts` are the cameras' `colour_counts`."
     return {
-        k: image_stats(counts[k], len(a))
-        if k in counts
-        else number_stats(a.reshape(len(a), *(a.shape[1:] or (1,))))
+        k: image_stats(counts[k], len(a)) if k in counts else number_stats(a, version)
         for k, a in columns.items()
     }
 

