@@ -476,6 +476,7 @@ def live(version, tmp_path_factory):
     python = os.environ.get(f"DPAG_LEROBOT_{version.upper().replace('.', '')}")
     if not python:
         pytest.skip(f"no environment with lerobot for {version} is named")
+    python = os.path.abspath(python)
     folder = tmp_path_factory.mktemp("live")
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
 
