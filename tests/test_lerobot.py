@@ -22,10 +22,13 @@ pytest.importorskip("av")
 import pyarrow as pa
 
 from dpag import lerobot
-from dpag.config import generator
+from dpag.config import generator, layered
 from dpag.data import Demonstrations, WindowDataset, load_demonstrations, save_demonstrations
 from dpag.files import DamagedError, read_text
 from dpag.lerobot import INFO, OURS, PATHS, VideoCoding, is_lerobot, read_lerobot, write_lerobot
+from dpag.methods.dp_ag import DPAGConfig
+from dpag.policy import PolicyConfig, build_policy, load_policy, save_policy
+from dpag.train import TrainConfig, fit
 
 DATA = Path(__file__).parent / "data/lerobot"
 PEER = Path(__file__).parent / "lerobot/peer.py"
@@ -119,18 +122,19 @@ def test_keys_limit_what_is_read_and_say_as_what(version):
 
 
 def test_a_dataset_of_lerobots_goes_to_zarr_and_trains(version, tmp_path):
-    from dpag.methods.dp_ag import DPAGConfig
-    from dpag.policy import build_policy
-    from dpag.train import TrainConfig, fit
-
-    save_demonstrations(read_lerobot(DATA / version, ["observation.state", "action"]), tmp_path / "d.zarr")
-    demos = load_demonstrations(tmp_path / "d.zarr")
-    demos.meta["shapes"]["obs"] = {"observation.state": [3]}
-    dataset = WindowDataset.of(demos, horizon=16, n_obs_steps=2, n_action_steps=8)
-    policy = build_policy(DPAGConfig(), dataset=dataset)
-    fit(policy, dataset, TrainConfig(steps=2, batch_size=8, log_every=1), folder=tmp_path / "t")
-    action = policy.eval().act(dataset.batch(1, generator("obs"))["obs"], generator("act"))
-    assert action.shape == (1, 8, 2)
+    "DP-AG from numbers and the camera; LeRobot's keys have dots, and modules' names must not."
+    demos = read_lerobot(DATA / version, ["observation.state", CAMERA, "action"])
+    save_demonstrations(demos, tmp_path / "d.zarr")
+    again = load_demonstrations(tmp_path / "d.zarr")
+    same(demos, again)
+    dataset = WindowDataset.of(again, horizon=8, n_obs_steps=2, n_action_steps=4)
+    settings = {"horizon": 8, "n_action_steps": 4, "encoder": {"camera": {"crop": 60}}}
+    policy = build_policy(DPAGConfig(), layered(PolicyConfig, settings), dataset=dataset)
+    fit(policy, dataset, TrainConfig(steps=2, batch_size=4, log_every=1), folder=tmp_path / "t")
+    save_policy(tmp_path / "p", policy)
+    for p in (policy, load_policy(tmp_path / "p")[0]):
+        action = p.eval().act(dataset.batch(1, generator("obs"))["obs"], generator("act"))
+        assert action.shape == (1, 4, 2)
 
 
 # Round trips
