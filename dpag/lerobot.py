@@ -474,7 +474,9 @@ def read_video(
         seen[i] = True
         yield i, pixels
     if not seen.all():
-        raise DamagedError(f"{path} has no frame at {times[~seen][0]:.6g} s, within {tolerance:g} s")
+        raise DamagedError(
+            f"{path} has no frame at {times[~seen][0]:.6g} s, within the tolerance, {tolerance:.6g} s"
+        )
 
 # %% ../nbs/01_lerobot.ipynb #46e750fb
 def _read_videos(
@@ -558,21 +560,26 @@ def is_lerobot(path) -> bool:
     return (Path(path) / INFO).is_file()
 
 # %% ../nbs/01_lerobot.ipynb #762c2652
-def _wanted(info: Info, ours: Ours, keys: Iterable[str] | None, where: Path) -> dict[str, str]:
-    "The features that shall be read, and their names here."
-    names = {k: ours.keys[k].key if k in ours.keys else k for k in info.features}
+def _wanted(root: Path, info: Info, names: dict[str, str], keys: Iterable[str] | None) -> dict[str, str]:
+    "The features that shall be read, and their names here, of all `names`."
     readable = {k: here for k, here in names.items() if info.features[k].dtype != "string"}
-    if keys is None:
-        chosen = {k: here for k, here in readable.items() if k not in BOOKKEEPING}
-        keys = ["action"]
-    else:
-        chosen = {k: here for k, here in readable.items() if here in set(keys)}
-    if missing := sorted(set(keys) - set(chosen.values())):
-        there = ", ".join(sorted(readable.values()))
+    given = {here for k, here in readable.items() if k not in BOOKKEEPING} if keys is None else set(keys)
+    if missing := sorted((given | {"action"} if keys is None else given) - set(readable.values())):
+        there, hint = ", ".join(sorted(readable.values())), "names={'actions': 'action'}, say, renames one"
         raise DamagedError(
-            f"{where / INFO}: features has no {missing[0]!r} that can be read; there are {there}"
+            f"{root / INFO}: features has no {missing[0]!r} to read; there are {there}; {hint}"
         )
-    return chosen
+    return {k: here for k, here in readable.items() if here in given}
+
+
+def _names(info: Info, ours: Ours, given: Mapping[str, str]) -> dict[str, str]:
+    "Every feature's name here. Raises ValueError for one that is not there, and where two get one name."
+    if unknown := sorted(given.keys() - info.features.keys()):
+        raise ValueError(f"names: there is no feature {unknown[0]!r}; there are {', '.join(info.features)}")
+    names = {k: ours.keys[k].key if k in ours.keys else k for k in info.features} | dict(given)
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"names = {dict(given)}: two features get one name")
+    return names
 
 # %% ../nbs/01_lerobot.ipynb #ffdbe71b
 def _read_rows(
@@ -621,7 +628,8 @@ def _step(info: Info, ours: Ours, key: str) -> tuple[int, ...]:
 def _meta(info: Info, ours: Ours, names: dict[str, str], tasks: list[str], episodes: list[Episode]) -> dict:
     "What is known of the data: LeRobot's provenance, and what dpag wrote."
     features = {here: info.features[k] for k, here in names.items()}
-    obs = {here: _step(info, ours, k) for k, here in names.items() if k.startswith("observation")}
+    steps = {here: _step(info, ours, k) for k, here in names.items() if here != "action"}
+    obs = {here: steps[here] for k, here in names.items() if k.startswith("observation")} or steps
     meta = {
         "source": "LeRobot",
         **ours.meta,
@@ -648,14 +656,20 @@ def _as_type(a: np.ndarray, dtype: Any, name: str) -> np.ndarray:
 
 # %% ../nbs/01_lerobot.ipynb #847c970e
 def read_lerobot(
-    path, keys: Iterable[str] | dict | None = None, *, tolerance: float = TOLERANCE
+    path,
+    keys: Iterable[str] | dict | None = None,
+    *,
+    names: Mapping[str, str] | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Demonstrations:
     """The LeRobot dataset in the folder `path`, version 2.1 or 3.0. Arrays have LeRobot's names, or ours
     where dpag wrote it; cameras are `(T, H, W, 3)`, bytes. `keys` limits the arrays; a dict `{key: dtype or
     None}` also says what to store them as. `meta` has codebase_version, fps (steps per second), robot_type,
     names (of entries, by key), tasks (in words) and episode_tasks.
 
-    A step's image is the video's frame at the step's time, within `tolerance`, s.
+    `names` gives arrays other names by LeRobot's: `{"actions": "action"}`, say. A step's image is the video's
+    frame at the step's time, within `tolerance`, s, less than half a step; the times in files of LeRobot's
+    may drift by more than its own tolerance.
 
     Raises FileNotFoundError where there is none; DamagedError, which names file, field and value, for what is
     missing, damaged, not finite, of another version or shape than meta/info.json says."""
@@ -665,20 +679,24 @@ def read_lerobot(
         raise FileNotFoundError(f"no LeRobot dataset at {root}: it has no {INFO}")
     info = read_info(root)
     ours = _read_ours(root, info)
-    names = _wanted(info, ours, keys, root)
+    chosen = _wanted(root, info, _names(info, ours, names or {}), keys)
+    if not 0 < tolerance < 0.5 / info.fps:
+        raise ValueError(
+            f"tolerance = {tolerance}: allowed is above 0, and below half a step, {0.5 / info.fps:g}"
+        )
     episodes, tasks = read_episodes(root, info), read_tasks(root, info.codebase_version)
     if unknown := sorted({t for e in episodes for t in e.tasks} - set(tasks)):
         raise DamagedError(f"{root}: an episode has the task {unknown[0]!r}; there are {tasks}")
     videos = info.of_type("video")
-    columns = [k for k in names if k not in videos]
+    columns = [k for k in chosen if k not in videos]
     arrays, times = _read_rows(root, info, episodes, len(tasks), columns, tolerance)
     for k in videos:
-        if k in names:
+        if k in chosen:
             arrays[k] = _read_videos(root, k, info, episodes, times, tolerance)
     ends, types = np.cumsum([e.length for e in episodes]), keys if isinstance(keys, dict) else {}
-    shaped = {here: arrays[k].reshape(-1, *_step(info, ours, k)) for k, here in names.items()}
+    shaped = {here: arrays[k].reshape(-1, *_step(info, ours, k)) for k, here in chosen.items()}
     named = {here: _as_type(a, types.get(here), f"{root}: {here}") for here, a in shaped.items()}
-    return Demonstrations(named, ends, _meta(info, ours, names, tasks, episodes))
+    return Demonstrations(named, ends, _meta(info, ours, chosen, tasks, episodes))
 
 # %% ../nbs/01_lerobot.ipynb #7415b3dd
 QUANTILES = (0.01, 0.10, 0.50, 0.90, 0.99)

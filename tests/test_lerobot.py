@@ -117,8 +117,27 @@ def test_keys_limit_what_is_read_and_say_as_what(version):
     }
     with refused(match="do not fit into int8"):
         read_lerobot(DATA / version, {"action": "int8"})
-    with refused(match="has no 'reward' that can be read; there are action, "):
+    with refused(match="has no 'reward' to read; there are action, "):
         read_lerobot(DATA / version, ["reward"])
+
+
+def test_other_names_and_a_drift_of_the_video(tmp_path):
+    found = read_lerobot(DATA / "v3.0", names={"next.reward": "reward", CAMERA: "top"})
+    assert {"reward", "top"} <= set(found.arrays) and set(found.shapes.obs) >= {"top", "observation.state"}
+    for names, says in (({"x": "y"}, "no feature 'x'"), ({CAMERA: "action"}, "two features get one name")):
+        with pytest.raises(ValueError, match=says):
+            read_lerobot(DATA / "v3.0", names=names)
+    for tolerance in (0, 0.05, -1, float("nan")):
+        with pytest.raises(ValueError, match="allowed is above 0, and below half a step, 0.05"):
+            read_lerobot(DATA / "v3.0", tolerance=tolerance)
+    shutil.copytree(DATA / "v3.0", tmp_path / "d")
+    key = f"videos/{CAMERA}/from_timestamp"
+    cell(key, 1, 0.51, "meta/episodes")(tmp_path / "d")
+    with refused(match="no step's"):
+        read_lerobot(tmp_path / "d")
+    np.testing.assert_array_equal(
+        read_lerobot(tmp_path / "d", tolerance=0.02).arrays[CAMERA], found.arrays["top"]
+    )
 
 
 def test_a_dataset_of_lerobots_goes_to_zarr_and_trains(version, tmp_path):
@@ -300,7 +319,7 @@ def rows(change, name="data"):
     return edit
 
 
-def cell(column, row, value):
+def cell(column, row, value, name="data"):
     "One value of a column replaced."
 
     def change(table: pa.Table) -> pa.Table:
@@ -309,7 +328,7 @@ def cell(column, row, value):
         at = table.schema.names.index(column)
         return table.set_column(at, column, pa.array(values, table[column].type))
 
-    return rows(change)
+    return rows(change, name)
 
 
 def remove(pattern):
@@ -354,7 +373,7 @@ WRONG = [
     (feature("action", shape=[3]), r"action has lists of \[2\] entries, expected 3"),
     (feature("action", shape=[0]), "features.action.shape.0 = 0"),
     (feature("action", shape=[2, 1]), r"action has rows of shape \[2\], expected \[2, 1\]"),
-    (feature("action"), "features has no 'action' that can be read"),
+    (feature("action"), "features has no 'action' to read; .*names={'actions': 'action'}"),
     (feature(CAMERA, shape=[64, 64, 1]), "a camera has"),
     (feature(CAMERA, shape=[32, 64, 3]), r"has frames \(64, 64, 3\), expected \(32, 64, 3\)"),
     (lambda d: (d / INFO).write_bytes(b"\xff{}"), "info.json is not UTF-8"),
