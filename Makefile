@@ -19,8 +19,9 @@ BENCH := .bench-venv
 BENCH_READY := $(BENCH)/.ready-$(shell cat constraints.txt tools/bench-requirements.txt | cksum | cut -d' ' -f1)
 BENCH_PIP := $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BENCH_UV := $(BENCH)/bin/uv pip install --quiet --system-certs --python $(BENCH)/bin/python
+LEROBOT := .lerobot-venv
 
-.PHONY: help repro test lint lab docs install bench hashes audit clean
+.PHONY: help repro test lint lab docs install bench lerobot hashes audit clean
 help:
 	@echo "make repro [PROFILE=smoke|laptop|workstation|paper] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name]"
 	@echo "               regenerate the tables, into results/runs"
@@ -30,6 +31,7 @@ help:
 	@echo "make docs      the site, into site/"
 	@echo "make install   the environment, and the plan that dvc repro reads"
 	@echo "make bench     time acting and training beside lerobot, into results/bench.md [BENCH_ARGS=...]"
+	@echo "make lerobot   test LeRobot datasets beside lerobot itself, 0.3.3 and 0.4.4"
 	@echo "make hashes    write requirements-hashed.txt anew: the same versions, each file with its SHA-256"
 	@echo "make audit     look those versions up in the public lists of known faults (needs a network)"
 	@echo "make clean     remove the virtual environments and the site (results stay)"
@@ -38,7 +40,7 @@ $(READY): constraints.txt pyproject.toml
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(PIP) uv
-	$(UV) -e '.[sims,pipeline,docs,dev]' || $(PIP) -e '.[sims,pipeline,docs,dev]'
+	$(UV) -e '.[sims,pipeline,lerobot,docs,dev]' || $(PIP) -e '.[sims,pipeline,lerobot,docs,dev]'
 	$(UV) --no-deps robomimic robosuite || $(PIP) --no-deps robomimic robosuite
 	@$(UV) ur_rtde 2>/dev/null || $(PIP) ur_rtde 2>/dev/null || echo "ur_rtde has no package for this machine: everything but a real arm works"
 	@rm -f $(VENV)/.ready-*; touch $@
@@ -77,11 +79,21 @@ $(BENCH_READY): constraints.txt tools/bench-requirements.txt
 	$(BENCH_UV) --no-deps lerobot==0.4.4 || $(BENCH_PIP) --no-deps lerobot==0.4.4
 	@rm -f $(BENCH)/.ready-*; touch $@
 
+# Each in an environment of its own: a lerobot writes one version of datasets.
+$(LEROBOT)/%: tools/lerobot-%.txt $(READY)
+	uv venv --quiet --clear --python $(BIN)/python $@
+	uv pip install --quiet --system-certs --python $@/bin/python -r $<
+	uv pip install --quiet --system-certs --python $@/bin/python --no-deps lerobot==$(if $(findstring v21,$@),0.3.3,0.4.4) torchvision==0.25.0
+	@touch $@
+
+lerobot: $(LEROBOT)/v21 $(LEROBOT)/v30
+	DPAG_LEROBOT_V21=$(LEROBOT)/v21/bin/python DPAG_LEROBOT_V30=$(LEROBOT)/v30/bin/python pytest tests/test_lerobot.py
+
 # Not from a folder of wheels: the files of the public index are the ones that have these hashes.
 HASHES := env -u UV_FIND_LINKS $(BIN)/uv pip compile --quiet --system-certs --python-version 3.11.7 \
   --python-platform x86_64-unknown-linux-gnu -c constraints.txt --generate-hashes --no-header --no-annotate
 hashes: $(READY)
-	$(HASHES) --extra sims --extra pipeline --extra docs --extra dev pyproject.toml -o $(VENV)/hashed.txt >/dev/null
+	$(HASHES) --extra sims --extra pipeline --extra lerobot --extra docs --extra dev pyproject.toml -o $(VENV)/hashed.txt >/dev/null
 	printf 'robomimic\nrobosuite\n' | $(HASHES) --no-deps - >> $(VENV)/hashed.txt
 	{ echo "# By make hashes, for Linux on x86-64 and Python 3.11. To install exactly these files:"; \
 	  echo "# pip install --require-hashes --no-deps -r requirements-hashed.txt"; cat $(VENV)/hashed.txt; } > requirements-hashed.txt
@@ -93,4 +105,4 @@ bench: $(BENCH_READY)
 	$(BENCH)/bin/python tools/bench.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) $(BENCH) site
+	rm -rf $(VENV) $(BENCH) $(LEROBOT) site

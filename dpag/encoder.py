@@ -6,7 +6,7 @@
 __all__ = ['FEATURES', 'SHARPNESS', 'BACKBONES', 'ImageEncoderConfig', 'EncoderConfig', 'raw_features', 'agent_in_block',
            'planar_features', 'LatentHeads', 'sample_latent', 'spatial_softmax', 'MeanColour', 'PeakedMaps',
            'strided_backbone', 'small_backbone', 'resnet18_backbone', 'build_backbone', 'crop_images', 'ImageEncoder',
-           'image_keys', 'ObservationEncoder']
+           'image_keys', 'module_name', 'ObservationEncoder']
 
 # %% ../nbs/02_encoder.ipynb #e0c9fcc4
 from typing import Annotated, Literal
@@ -240,6 +240,11 @@ def image_keys(shapes: dict[str, tuple[int, ...]]) -> list[str]:
     return sorted(k for k, s in shapes.items() if len(s) == 3)
 
 # %% ../nbs/02_encoder.ipynb #e5d53c46
+def module_name(key: str) -> str:
+    "A key as a module's name, in which torch allows no dot; LeRobot's keys have some."
+    return key.replace(".", "/")
+
+
 class ObservationEncoder(nn.Module):
     """Observations, `(B, T_o, …)` by key, to `mu`, `logvar`, `(B, Z)`. The latent is [keypoints of each
     image, by key: `(T_o, K, 2)` flattened | the rest].
@@ -256,8 +261,9 @@ class ObservationEncoder(nn.Module):
         scale: Standardizer,
     ):
         super().__init__()
+        self.images = image_keys(shapes)
         self.cameras = nn.ModuleDict(
-            {k: ImageEncoder(config.camera, (shapes[k][0], shapes[k][1])) for k in image_keys(shapes)}
+            {module_name(k): ImageEncoder(config.camera, (shapes[k][0], shapes[k][1])) for k in self.images}
         )
         self.features, self.scale = FEATURES[config.features], scale
         self.n_keypoints = config.camera.n_keypoints
@@ -273,8 +279,10 @@ class ObservationEncoder(nn.Module):
     def forward(
         self, obs: dict[str, Tensor], generator: torch.Generator | None = None
     ) -> tuple[Float[Tensor, "batch latent"], Float[Tensor, "batch latent"]]:
-        x = self.scale(self.features({k: v for k, v in obs.items() if k not in self.cameras}))
-        positions = [camera(obs[k], generator).flatten(1) for k, camera in self.cameras.items()]
+        x = self.scale(self.features({k: v for k, v in obs.items() if k not in self.images}))
+        positions = [
+            camera(obs[k], generator).flatten(1) for k, camera in zip(self.images, self.cameras.values())
+        ]
         return self.heads(torch.cat([x[:, :0], *positions], 1), x)
 
     def positions(
@@ -282,4 +290,4 @@ class ObservationEncoder(nn.Module):
     ) -> dict[str, Float[Tensor, "batch steps keypoints 2"]]:
         "The keypoints' positions in a latent, by image key."
         cut = z[:, : self.n_coordinates].unflatten(1, (max(len(self.cameras), 1), -1))
-        return {k: cut[:, i].unflatten(1, (-1, self.n_keypoints, 2)) for i, k in enumerate(self.cameras)}
+        return {k: cut[:, i].unflatten(1, (-1, self.n_keypoints, 2)) for i, k in enumerate(self.images)}

@@ -29,6 +29,7 @@ FLOORS = [
         "provenance",
         "oddities",
         "data",
+        "lerobot",
         "encoder",
         "noise_net",
         "diffusion",
