@@ -28,7 +28,7 @@ import pandas as pd
 from pydantic import ConfigDict, Field, PositiveInt, ValidationError
 
 from .config import Count, Strict, explain
-from .data import Demonstrations, Shapes
+from .data import READERS, Demonstrations, Reader, Shapes
 from .files import DamagedError, atomic_folder, read_text, restore, write_text
 
 try:
@@ -697,6 +697,9 @@ def read_lerobot(
     shaped = {here: arrays[k].reshape(-1, *_step(info, ours, k)) for k, here in chosen.items()}
     named = {here: _as_type(a, types.get(here), f"{root}: {here}") for here, a in shaped.items()}
     return Demonstrations(named, ends, _meta(info, ours, chosen, tasks, episodes))
+
+
+READERS.add("lerobot", Reader("lerobot", is_lerobot, read_lerobot, __name__))  # for load_demonstrations
 
 # %% ../nbs/01_lerobot.ipynb #7415b3dd
 QUANTILES = (0.01, 0.10, 0.50, 0.90, 0.99)

@@ -100,14 +100,15 @@ def jumps(key: str, a: np.ndarray, ends: np.ndarray, factor: float = 20.0) -> It
 
 
 def clipped(key: str, a: np.ndarray, ends: np.ndarray, share: float = 0.01) -> Iterator[Oddity]:
-    "Entries that meet an end of their range exactly, again and again."
+    "Entries that meet an end of their range exactly, again and again, in episodes in which they change."
     if is_image(a) or a.dtype.kind != "f":
         return
     for entry, values in enumerate(a.reshape(len(a), -1).T):
         if len(np.unique(values)) <= 10:
             continue
+        moving = np.concatenate([np.full(len(v), (v != v[0]).any()) for v in np.split(values, ends[:-1])])
         for end, name in ((values.min(), "least"), (values.max(), "largest")):
-            met = values == end
+            met = (values == end) & moving
             if met.mean() > share:
                 what = f"entry {entry} is its {name} value, {end:.4g}, in {met.mean():.0%} of the steps"
                 yield Oddity(key, what, place(int(met.argmax()), ends))
