@@ -494,8 +494,9 @@ def test_damage_to_what_lerobot_wrote_ends_in_one_kind_of_error(version, tmp_pat
 
 @pytest.fixture(scope="module")
 def live(version, tmp_path_factory):
-    """A folder with datasets that LeRobot wrote (`theirs1` with videos, `theirs0` without), that dpag wrote
-    (`ours1`, `ours0`, and `again`, which is `theirs0`), and what LeRobot reads from each (`NAME.npz`)."""
+    """A folder with datasets that LeRobot wrote (`theirs1` with videos, `many` in many files, `theirs0`
+    without videos), that dpag wrote (`ours1`, `ours0`, and `again`, which is `theirs0`), and what LeRobot
+    reads from each (`NAME.npz`)."""
     python = os.environ.get(f"DPAG_LEROBOT_{version.upper().replace('.', '')}")
     if not python:
         pytest.skip(f"no environment with lerobot for {version} is named")
@@ -508,19 +509,19 @@ def live(version, tmp_path_factory):
         done = subprocess.run(call, cwd=folder, env=clean, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
 
-    run("write", "theirs1", "1", "write", "theirs0", "0")
+    run("write", "theirs1", "1", "write", "theirs0", "0", "write", "many", "2")
     for videos in (0, 1):
         ours = folder / f"ours{videos}"
         write_lerobot(made_up(), ours, 10, version, bool(videos), keys={"state": "observation.state"})
         (ours / OURS).unlink()  # names are LeRobot's
     write_lerobot(read_lerobot(folder / "theirs0"), folder / "again", 10, version, videos=False)
-    names = ("theirs1", "theirs0", "ours1", "ours0", "again")
+    names = ("theirs1", "theirs0", "many", "ours1", "ours0", "again")
     run(*(word for name in names for word in ("read", name, f"{name}.npz")))
     return folder
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["theirs1", "theirs0", "ours1", "ours0", "again"])
+@pytest.mark.parametrize("name", ["theirs1", "theirs0", "many", "ours1", "ours0", "again"])
 def test_lerobot_and_dpag_read_the_same(live, name):
     found = read_lerobot(live / name)
     with np.load(live / f"{name}.npz") as read:
