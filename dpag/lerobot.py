@@ -184,34 +184,36 @@ def read_parquet(path: Path, columns: Iterable[str] | None = None) -> pa.Table:
             columns = list(there if columns is None else columns)
             if missing := [c for c in columns if there.count(c) != 1]:
                 raise DamagedError(f"{path} has no column {missing[0]!r}, or two; there are {there}")
-            return file.read(columns=columns).select(columns)
+            table = file.read(columns=columns).select(columns)
+            table.validate(full=True)  # texts are UTF-8, lists are inside of their column
+            return table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise DamagedError(f"{path} is damaged: {str(e).splitlines()[0]}") from None
 
 # %% ../nbs/01_lerobot.ipynb #3ec318b5
+def _sides(a: pa.Array) -> list[int] | None:
+    "The lengths of a column's lists, each once; None where the rows are no lists."
+    if pa.types.is_fixed_size_list(a.type):
+        return [a.type.list_size]
+    if pa.types.is_list(a.type) or pa.types.is_large_list(a.type):
+        return np.unique(np.asarray(a.value_lengths())).tolist()
+    return None
+
+# %% ../nbs/01_lerobot.ipynb #717b0591
 def _flat(column: pa.ChunkedArray, shape: tuple[int, ...]) -> pa.Array:
     "All numbers of a column whose rows are lists of this shape, one after the other."
     a = column.combine_chunks()
     a = a.storage if isinstance(a, pa.ExtensionArray) else a
-    rows, sides = len(a), []
-    for size in shape:
-        if a.null_count:
-            raise ValueError("has rows without a value")
-        if not (
-            pa.types.is_list(a.type) or pa.types.is_large_list(a.type) or pa.types.is_fixed_size_list(a.type)
-        ):
-            break
-        lengths = np.unique(
-            np.asarray(a.value_lengths() if not pa.types.is_fixed_size_list(a.type) else [a.type.list_size])
-        )
-        if rows and lengths.tolist() != [size]:
-            raise ValueError(f"has lists of {lengths.tolist()[:5]} entries, expected {size}")
-        sides.append(size)
+    found: list[int] = []
+    while not a.null_count and (sides := _sides(a)) is not None:
+        if len(a) and (len(found) == len(shape) or sides != [shape[len(found)]]):
+            raise ValueError(f"has lists of {sides[:5]} entries on axis {len(found)}, expected {list(shape)}")
+        found.append(shape[len(found)])
         a = a.flatten()
     if a.null_count:
         raise ValueError("has rows without a value")
-    if tuple(sides) != shape and not (shape == (1,) and not sides):
-        raise ValueError(f"has rows of shape {sides}, expected {list(shape)}")
+    if tuple(found) != shape and (found or shape != (1,)):  # one number may stand alone
+        raise ValueError(f"has rows of shape {found}, expected {list(shape)}")
     return a
 
 # %% ../nbs/01_lerobot.ipynb #ef3f8a7c
@@ -297,7 +299,7 @@ def _lines(root: Path, name: str, kind: type[Checked]) -> list[Checked]:
     if not (root / name).is_file():
         raise DamagedError(f"{root / name} is missing")
     try:
-        lines = read_text(root / name).splitlines()
+        lines = read_text(root / name).split("\n")  # a task may have other ends of lines in it
     except UnicodeDecodeError:
         raise DamagedError(f"{root / name} is not UTF-8") from None
     return [_checked(kind, s, f"{root / name}, line {i}") for i, s in enumerate(lines, 1) if s.strip()]
@@ -450,7 +452,7 @@ def _frames(path: Path) -> Iterator[tuple[float, np.ndarray]]:
             if len(container.streams.video) != 1:
                 raise DamagedError(f"{path} has {len(container.streams.video)} video streams, one expected")
             for frame in container.decode(video=0):
-                if frame.is_corrupt or frame.pts is None:
+                if frame.is_corrupt or frame.pts is None or frame.time_base is None:
                     raise DamagedError(f"{path} is damaged: a frame cannot be decoded")
                 yield float(frame.pts * frame.time_base), frame.to_ndarray(format="rgb24")
     except (av.FFmpegError, UnicodeDecodeError) as e:
@@ -571,7 +573,7 @@ def _wanted(root: Path, info: Info, names: dict[str, str], keys: Iterable[str] |
         )
     return {k: here for k, here in readable.items() if here in given}
 
-
+# %% ../nbs/01_lerobot.ipynb #0b15213f
 def _names(info: Info, ours: Ours, given: Mapping[str, str]) -> dict[str, str]:
     "Every feature's name here. Raises ValueError for one that is not there, and where two get one name."
     if unknown := sorted(given.keys() - info.features.keys()):
@@ -601,8 +603,9 @@ def _read_rows(
             check_times(times[i], info.fps, tolerance, f"{path}, episode {i}")
             for k in wanted:
                 part = _cells(path, table.slice(rows, episodes[i].length), k, info.features[k])
-                whole = arrays.setdefault(k, np.empty((starts[-1], *part.shape[1:]), part.dtype))
-                whole[starts[i] : starts[i + 1]] = part
+                if k not in arrays:
+                    arrays[k] = np.empty((starts[-1], *part.shape[1:]), part.dtype)
+                arrays[k][starts[i] : starts[i + 1]] = part
             rows += episodes[i].length
     return arrays, times
 
@@ -611,13 +614,13 @@ def _cells(path: Path, table: pa.Table, key: str, f: Feature) -> np.ndarray:
     "A column of numbers, or of images."
     if f.dtype != "image":
         return _numbers(path, table, key, f)
-    images = np.empty((len(table), *f.step), np.uint8)
+    images = []
     for row, cell in enumerate(table[key]):
         try:
-            images[row] = read_image(cell.as_py(), f.step)
+            images.append(read_image(cell.as_py(), f.step))
         except ValueError as e:
             raise DamagedError(f"{path}: {key} in row {row} of its episode {e}") from None
-    return images
+    return np.stack(images)
 
 # %% ../nbs/01_lerobot.ipynb #17949ec0
 def _step(info: Info, ours: Ours, key: str) -> tuple[int, ...]:
@@ -625,11 +628,23 @@ def _step(info: Info, ours: Ours, key: str) -> tuple[int, ...]:
     return ours.keys[key].step if key in ours.keys else info.features[key].step
 
 # %% ../nbs/01_lerobot.ipynb #df87234b
+def _shapes(info: Info, ours: Ours, names: dict[str, str]) -> Shapes:
+    "What a policy must know: as dpag wrote it, else with LeRobot's observations, else with all other arrays."
+    steps = {here: _step(info, ours, k) for k, here in names.items() if here != "action"}
+    said = Shapes.read(ours.meta["shapes"]) if "shapes" in ours.meta else Shapes({}, 0)
+    lerobots = [here for k, here in names.items() if k.startswith("observation")]
+    obs = [k for k in said.obs if k in steps] or [k for k in lerobots if k in steps] or list(steps)
+    action = next(info.features[k] for k, here in names.items() if here == "action")
+    return Shapes(
+        {k: steps[k] for k in obs},
+        action.shape[0],
+        said.action_ref if said.action_ref in steps else None,
+    )
+
+# %% ../nbs/01_lerobot.ipynb #71898902
 def _meta(info: Info, ours: Ours, names: dict[str, str], tasks: list[str], episodes: list[Episode]) -> dict:
     "What is known of the data: LeRobot's provenance, and what dpag wrote."
     features = {here: info.features[k] for k, here in names.items()}
-    steps = {here: _step(info, ours, k) for k, here in names.items() if here != "action"}
-    obs = {here: steps[here] for k, here in names.items() if k.startswith("observation")} or steps
     meta = {
         "source": "LeRobot",
         **ours.meta,
@@ -640,8 +655,8 @@ def _meta(info: Info, ours: Ours, names: dict[str, str], tasks: list[str], episo
         "episode_tasks": [e.tasks for e in episodes],
         "names": {k: f.names for k, f in features.items() if f.names is not None and f.dtype not in CAMERAS},
     }
-    if "action" in features and "shapes" not in meta:
-        meta["shapes"] = asdict(Shapes(obs, features["action"].shape[0]))
+    if "action" in features:
+        meta["shapes"] = asdict(_shapes(info, ours, names))
     return meta
 
 # %% ../nbs/01_lerobot.ipynb #067a945c
@@ -685,6 +700,8 @@ def read_lerobot(
             f"tolerance = {tolerance}: allowed is above 0, and below half a step, {0.5 / info.fps:g}"
         )
     episodes, tasks = read_episodes(root, info), read_tasks(root, info.codebase_version)
+    if any(here == "action" and len(info.features[k].step) != 1 for k, here in chosen.items()):
+        raise DamagedError(f"{root / INFO}: the action has several axes; allowed is one row of numbers")
     if unknown := sorted({t for e in episodes for t in e.tasks} - set(tasks)):
         raise DamagedError(f"{root}: an episode has the task {unknown[0]!r}; there are {tasks}")
     videos = info.of_type("video")
@@ -799,7 +816,7 @@ class VideoCoding(Strict):
 
 # %% ../nbs/01_lerobot.ipynb #ba57498b
 class VideoWriter:
-    "One mp4 file. Raises ValueError for images of a size that the codec does not take."
+    "One mp4 file of images of one size."
 
     def __init__(self, path: Path, fps: float, size: tuple[int, ...], coding: VideoCoding):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -954,9 +971,9 @@ def _number_error(a: np.ndarray) -> str:
 def _task_numbers(demos: Demonstrations, task: str | list[str] | None) -> tuple[list[str], np.ndarray]:
     "The tasks in words, and the number `(T,)` of each step's. Raises ValueError where they are not known."
     n, meta = len(demos), demos.meta
-    if task is None and "task_index" in demos.arrays:
+    if task is None and "task_index" in demos.arrays and "tasks" in meta:
         numbers = demos.arrays["task_index"].reshape(-1)
-        if numbers.dtype.kind not in "iu" or not np.isin(numbers, range(len(meta.get("tasks", [])))).all():
+        if numbers.dtype.kind not in "iu" or not np.isin(numbers, range(len(meta["tasks"]))).all():
             raise ValueError("data/task_index has numbers that are no places in meta['tasks']")
         return list(meta["tasks"]), numbers
     given = meta.get("episode_tasks", meta.get("task") or "") if task is None else task
@@ -1090,16 +1107,25 @@ def _info(r: Request) -> dict:
     }
 
 # %% ../nbs/01_lerobot.ipynb #e2fb6a1e
+def _provenance(meta: dict) -> dict:
+    "`meta` without what the folder says itself, and without another file's checksum. Raises ValueError."
+    apart = {"hash", "schema", "fps", "codebase_version", "robot_type", "tasks", "episode_tasks", "names"}
+    kept = {k: v for k, v in meta.items() if k not in apart}
+    try:
+        json.dumps(kept, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"meta has what JSON cannot hold: {e}") from None
+    return kept
+
+# %% ../nbs/01_lerobot.ipynb #5f0d43a7
 def _write_ours(folder: Path, r: Request):
     "meta/dpag.json, of everything that is in the folder."
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    # What the folder says itself, and the checksum of another file.
-    apart = {"hash", "schema", "fps", "codebase_version", "robot_type", "tasks", "episode_tasks", "names"}
     said = {
         "keys": {
             k: {"key": here, "step": list(r.demos.arrays[here].shape[1:])} for k, here in r.names.items()
         },
-        "meta": {k: v for k, v in r.demos.meta.items() if k not in apart},
+        "meta": _provenance(r.demos.meta),
         "files": {name: _digest(folder / name) for name in files},
     }
     text = json.dumps(said, indent=1, allow_nan=False)
@@ -1140,10 +1166,13 @@ def write_lerobot(
     features |= {k: Feature(dtype=t, shape=(1,)) for k, t in BOOKKEEPING.items()}
     rate = int(fps) if fps == int(fps) else fps
     request = Request(demos, rate, version, coding or VideoCoding(), names, features, tasks, numbers)
+    info = json.dumps(_info(request), indent=4, ensure_ascii=False)
+    _checked(Info, info, f"to be written to {INFO}")
+    _provenance(demos.meta)
     with atomic_folder(path) as folder:
         (folder / "meta").mkdir()
         episodes, stats, total = _write_episodes(folder, request)
-        write_text(folder / INFO, json.dumps(_info(request), indent=4, ensure_ascii=False))
+        write_text(folder / INFO, info)
         if version == "v2.1":
             _write_lines(folder, tasks, episodes, stats)
         else:

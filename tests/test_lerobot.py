@@ -269,6 +269,34 @@ def test_an_array_that_lerobot_cannot_hold_is_refused(tmp_path, array, says):
         write_lerobot(Demonstrations(arrays, demos.episode_ends), tmp_path / "d", 10)
 
 
+@pytest.mark.parametrize(
+    "meta, says",
+    [
+        ({"robot_type": 7}, "robot_type = 7"),
+        ({"note": np.float32(1)}, "meta has what JSON cannot hold"),
+        ({"note": float("nan")}, "meta has what JSON cannot hold"),
+    ],
+)
+def test_provenance_that_cannot_be_kept_is_refused(tmp_path, meta, says):
+    demos = made_up((4, 4))
+    with pytest.raises(ValueError, match=says):
+        write_lerobot(
+            Demonstrations(demos.arrays, demos.episode_ends, meta), tmp_path / "d", 10, videos=False
+        )
+    assert not (tmp_path / "d").exists()
+
+
+def test_what_a_policy_must_know_comes_back(version, tmp_path):
+    demos = made_up((4, 4))
+    shapes = {"obs": {"state": [3], "image": [4, 4, 3]}, "action_dim": 2, "action_ref": "state"}
+    known = Demonstrations(demos.arrays, demos.episode_ends, {**demos.meta, "shapes": shapes})
+    write_lerobot(known, tmp_path / "d", 10, version, videos=False, task="Stir\u2028twice\x85.")
+    again = read_lerobot(tmp_path / "d")
+    assert again.shapes == known.shapes and again.meta["tasks"] == ["Stir\u2028twice\x85."]
+    fewer = read_lerobot(tmp_path / "d", ["image", "action"]).shapes
+    assert (set(fewer.obs), fewer.action_ref) == ({"image"}, None)
+
+
 def test_what_is_there_stays_unless_it_is_a_dataset(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").touch()
@@ -370,9 +398,10 @@ WRONG = [
     (feature("index", dtype="float32"), r"features\['index'\] is float32 \[1\]: it must be int64"),
     (feature("action", dtype="pickle"), r"features\['action'\]: dtype = 'pickle'"),
     (feature("action", dtype="float16"), "action has the type float32, which does not fit into float16"),
-    (feature("action", shape=[3]), r"action has lists of \[2\] entries, expected 3"),
+    (feature("action", shape=[3]), r"action has lists of \[2\] entries on axis 0, expected \[3\]"),
     (feature("action", shape=[0]), "features.action.shape.0 = 0"),
-    (feature("action", shape=[2, 1]), r"action has rows of shape \[2\], expected \[2, 1\]"),
+    (feature("observation.state", shape=[3, 1]), r"has rows of shape \[3\], expected \[3, 1\]"),
+    (feature("action", shape=[1, 2]), "the action has several axes; allowed is one row"),
     (feature("action"), "features has no 'action' to read; .*names={'actions': 'action'}"),
     (feature(CAMERA, shape=[64, 64, 1]), "a camera has"),
     (feature(CAMERA, shape=[32, 64, 3]), r"has frames \(64, 64, 3\), expected \(32, 64, 3\)"),
@@ -494,8 +523,9 @@ def test_damage_to_what_lerobot_wrote_ends_in_one_kind_of_error(version, tmp_pat
 
 @pytest.fixture(scope="module")
 def live(version, tmp_path_factory):
-    """A folder with datasets that LeRobot wrote (`theirs1` with videos, `theirs0` without), that dpag wrote
-    (`ours1`, `ours0`, and `again`, which is `theirs0`), and what LeRobot reads from each (`NAME.npz`)."""
+    """A folder with datasets that LeRobot wrote (`theirs1` with videos, `many` in many files, `theirs0`
+    without videos), that dpag wrote (`ours1`, `ours0`, and `again`, which is `theirs0`), and what LeRobot
+    reads from each (`NAME.npz`)."""
     python = os.environ.get(f"DPAG_LEROBOT_{version.upper().replace('.', '')}")
     if not python:
         pytest.skip(f"no environment with lerobot for {version} is named")
@@ -508,19 +538,19 @@ def live(version, tmp_path_factory):
         done = subprocess.run(call, cwd=folder, env=clean, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
 
-    run("write", "theirs1", "1", "write", "theirs0", "0")
+    run("write", "theirs1", "1", "write", "theirs0", "0", "write", "many", "2")
     for videos in (0, 1):
         ours = folder / f"ours{videos}"
         write_lerobot(made_up(), ours, 10, version, bool(videos), keys={"state": "observation.state"})
         (ours / OURS).unlink()  # names are LeRobot's
     write_lerobot(read_lerobot(folder / "theirs0"), folder / "again", 10, version, videos=False)
-    names = ("theirs1", "theirs0", "ours1", "ours0", "again")
+    names = ("theirs1", "theirs0", "many", "ours1", "ours0", "again")
     run(*(word for name in names for word in ("read", name, f"{name}.npz")))
     return folder
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["theirs1", "theirs0", "ours1", "ours0", "again"])
+@pytest.mark.parametrize("name", ["theirs1", "theirs0", "many", "ours1", "ours0", "again"])
 def test_lerobot_and_dpag_read_the_same(live, name):
     found = read_lerobot(live / name)
     with np.load(live / f"{name}.npz") as read:

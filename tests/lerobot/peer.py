@@ -1,7 +1,7 @@
 """What LeRobot itself writes and reads: run by the Python of an environment with lerobot 0.3.3 (datasets of
 version 2.1) or 0.4.4 (3.0), never by dpag's.
 
-    python peer.py write FOLDER VIDEOS    # three episodes, with videos (1) or PNG images (0)
+    python peer.py write FOLDER VIDEOS    # three episodes, with videos (1), in many files (2), or PNG (0)
     python peer.py read FOLDER OUT.npz    # every step of a dataset as LeRobot gives it, and its statistics
 
 Several commands may follow each other. DPAG_LEROBOT_DECODER names LeRobot's decoder, pyav without it.
@@ -53,14 +53,16 @@ def step(t: int) -> dict:
     return {k: (a > 0 if NUMBERS[k][0] == "bool" else a).astype(NUMBERS[k][0]) for k, a in made.items()}
 
 
-def write(folder: str, videos: bool):
+def write(folder: str, videos: int):
     features = {k: {"dtype": d, "shape": s, "names": None} for k, (d, s) in NUMBERS.items()}
     kind = "video" if videos else "image"
     features["observation.images.top"] = {"dtype": kind, "shape": (SIZE, SIZE, 3), "names": AXES}
     features["observation.state"]["names"] = ["x", "y", "z"]
     dataset = LeRobotDataset.create(
-        "made/here", FPS, features, root=folder, robot_type="disc", use_videos=videos
+        "made/here", FPS, features, root=folder, robot_type="disc", use_videos=videos > 0
     )
+    if videos == 2 and hasattr(dataset, "finalize"):
+        dataset.meta.update_chunk_settings(2, 0.001, 0.001)
     t = 0
     for length, task in zip(LENGTHS, TASKS):
         for _ in range(length):
@@ -92,6 +94,6 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     for command, folder, last in zip(words[::3], words[1::3], words[2::3]):
         if command == "write":
-            write(folder, last == "1")
+            write(folder, int(last))
         else:
             read(folder, last)
