@@ -93,7 +93,7 @@ lerobot: $(LEROBOT)/v21 $(LEROBOT)/v30
 HASHES := env -u UV_FIND_LINKS $(BIN)/uv pip compile --quiet --system-certs --python-version 3.11.7 \
   --python-platform x86_64-unknown-linux-gnu -c constraints.txt --generate-hashes --no-header --no-annotate
 hashes: $(READY)
-	$(HASHES) --extra sims --extra pipeline --extra lerobot --extra docs --extra dev pyproject.toml -o $(VENV)/hashed.txt >/dev/null
+	$(HASHES) --extra sims --extra pipeline --extra lerobot --extra onnx --extra docs --extra dev pyproject.toml -o $(VENV)/hashed.txt >/dev/null
 	printf 'robomimic\nrobosuite\n' | $(HASHES) --no-deps - >> $(VENV)/hashed.txt
 	{ echo "# By make hashes, for Linux on x86-64 and Python 3.11. To install exactly these files:"; \
 	  echo "# pip install --require-hashes --no-deps -r requirements-hashed.txt"; cat $(VENV)/hashed.txt; } > requirements-hashed.txt

@@ -26,6 +26,7 @@ _NAMES = {
         "register_method",
         "save_policy",
     ),
+    "export": ("export_policy",),
     "rollouts": ("EvaluateConfig", "Protocol", "rollout"),
     "tasks.base": ("TASKS", "get_task", "register_task"),
     "train": ("TrainConfig", "fit"),

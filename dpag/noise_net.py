@@ -236,13 +236,15 @@ FEW_ROWS = 64  # batch times steps of time: measured, the break-even is between 
 class TimeConv(nn.Conv1d):
     "A convolution along time, `(B, c_in, T)` to `(B, c_out, T')`, with an odd kernel and its own padding."
 
+    few_rows = FEW_ROWS  # up to so many it is windows times weights
+
     def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1):
         super().__init__(c_in, c_out, kernel_size, stride=stride, padding=kernel_size // 2)
 
     def forward(self, x: Float[Tensor, "batch c_in time"]) -> Float[Tensor, "batch c_out less_time"]:
         batch, stride = len(x), self.stride[0]
         rows = batch * ((x.shape[2] - 1) // stride + 1)
-        if rows > FEW_ROWS or not x.is_cpu:
+        if rows > self.few_rows or not x.is_cpu:
             return super().forward(x)
         padded = F.pad(x, (self.padding[0], self.padding[0])) if self.padding[0] else x  # type: ignore[arg-type]
         windows = padded.unfold(2, self.kernel_size[0], stride).transpose(1, 2).reshape(rows, -1)
@@ -252,6 +254,8 @@ class TimeConv(nn.Conv1d):
 class TimeDoubling(nn.ConvTranspose1d):
     "A transposed convolution of four steps and stride two: `(B, C, T)` to `(B, C, 2T)`."
 
+    few_rows = FEW_ROWS
+
     def __init__(self, channels: int):
         super().__init__(channels, channels, 4, stride=2, padding=1)
 
@@ -259,7 +263,7 @@ class TimeDoubling(nn.ConvTranspose1d):
         self, x: Float[Tensor, "batch channels time"]
     ) -> Float[Tensor, "batch channels more_time"]:
         batch, time = len(x), x.shape[2]
-        if 2 * batch * time > FEW_ROWS or not x.is_cpu:
+        if 2 * batch * time > self.few_rows or not x.is_cpu:
             return super().forward(x)
         rows = x.transpose(1, 2).reshape(batch * time, -1)
         four = (rows @ self.weight.flatten(1)).view(batch, time, -1, 4)

@@ -53,6 +53,7 @@ FLOORS = [
         "plots",
     ),
     *("ablation", "interplay", "report", "verdicts", "warm", "pipeline"),
+    *("runner", "export"),
 ]
 
 
