@@ -42,6 +42,7 @@ FLOORS = [
         "rollouts",
         "settings",
         "plan",
+        "cost",
         "stats",
         "figures",
         "paper",
