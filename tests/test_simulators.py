@@ -28,8 +28,8 @@ from dpag.tasks.robomimic.files import human_demonstrations, read_hdf5, write_hd
 from dpag.tasks.robomimic.task import OPERATORS, OperatorConfig, RobomimicConfig, scripted_demonstrations
 
 MIXED = ["better", "okay", "worse"]
-# Title, max_steps, n_demos, crew, crop: the settings with which the committed results were made. Transport mh alone
-# had another, 700 steps.
+# Title, max_steps, n_demos, crew, crop: the settings with which the committed results were made; Transport mh
+# had 700 steps.
 DEFAULTS = {
     "lift_ph": ("Lift ph", 400, 200, ["proficient"], 76),
     "lift_mh": ("Lift mh", 500, 300, MIXED, 76),
