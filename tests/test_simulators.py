@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +17,7 @@ from scipy.spatial.transform import Rotation
 
 from dpag.config import SettingsError, changed
 from dpag.data import Demonstrations
+from dpag.libraries import can_draw
 from dpag.policy import Policy
 from dpag.rollouts import Protocol, rollout
 from dpag.tasks.base import TASKS, get_task
@@ -24,7 +26,7 @@ from dpag.tasks.kitchen.task import KitchenConfig
 from dpag.tasks.robomimic.control import advance
 from dpag.tasks.robomimic.env import SCENES, RobomimicEnv
 from dpag.tasks.robomimic.expert import SCRIPTS, run_script
-from dpag.tasks.robomimic.files import human_demonstrations, read_hdf5, write_hdf5
+from dpag.tasks.robomimic.files import N_HUMAN, episode_images, human_demonstrations, read_hdf5, write_hdf5
 from dpag.tasks.robomimic.task import OPERATORS, OperatorConfig, RobomimicConfig, scripted_demonstrations
 
 MIXED = ["better", "okay", "worse"]
@@ -120,12 +122,6 @@ new = {{m.split(".")[0] for m in set(sys.modules) - before}} - set(sys.stdlib_mo
 print(sorted(new), "mujoco" in sys.modules, "gymnasium" in sys.modules)
 """
     assert in_python(code) == "['dpag'] False False\n"
-
-
-def test_images_of_humans_are_refused():
-    config = changed(TASKS["lift_ph"].configure(), {"observation": "image"})
-    with pytest.raises(SettingsError, match="tasks.lift_ph.observation = 'image'.*have no images"):
-        get_task("lift_ph", config).demonstrations("human")
 
 
 def test_shapes_are_those_of_the_environments():
@@ -286,6 +282,34 @@ def test_a_damaged_download_is_removed(tmp_path, monkeypatch):
 def test_a_file_of_another_scene_is_refused(hdf5):
     with pytest.raises(ValueError, match="of Lift, expected PickPlaceCan"):
         read_hdf5(hdf5[0], "can")
+
+
+def test_images_are_drawn_from_the_states_and_models_of_robomimics_file(tmp_path, monkeypatch, hdf5):
+    if not can_draw():
+        pytest.skip("needs OpenGL")
+    (path := tmp_path / "robomimic/lift/ph/low_dim_v141.hdf5").parent.mkdir(parents=True)
+    path.write_bytes(hdf5[0].read_bytes())
+    env = RobomimicEnv("lift", "image")
+    env.reset(seed=700002)
+    first = env.images
+    monkeypatch.setenv("DPAG_MIRROR", str(tmp_path))
+    monkeypatch.setitem(N_HUMAN, "ph", 1)
+    task = get_task("lift_ph", changed(TASKS["lift_ph"].configure(), {"observation": "image"}))
+    with pytest.raises(ValueError, match="demo_0 has no model_file"):
+        task.demonstrations("human")
+    with h5py.File(path, "a") as f:
+        f["data/demo_0"].attrs["model_file"] = env.sim_env.sim.model.get_xml()
+    demos = task.demonstrations("human")
+    n = len(hdf5[1].arrays["action"])
+    assert {k: demos.arrays[k].shape for k in task.shapes.obs} == {
+        k: (n, *shape) for k, shape in task.shapes.obs.items()
+    }
+    for camera, image in first.items():
+        drawn = demos.arrays[camera].astype(int)
+        assert np.abs(drawn[0] - image).mean() < 1 < np.abs(drawn[-1] - image).mean()
+    assert "object" not in demos.arrays
+    with pytest.raises(ValueError, match="a state has 5 numbers"):
+        episode_images(env.sim_env.sim.model.get_xml(), np.zeros((1, 5)), "lift")
 
 
 class Down(Policy):
