@@ -65,7 +65,7 @@ def test_the_nine_tasks_have_the_settings_of_the_committed_results(name):
         demo_seed=100_000,
         crew=crew,
         observation="object",
-        patience=1000,
+        patience=max(1000, max_steps),
         policy={
             "encoder": {"features": "raw", "camera": {"crop": crop}},
             "diffusion": {"prediction": "sample"},

@@ -378,7 +378,7 @@ def beside_middle(env: RobomimicEnv, distance: float) -> np.ndarray:
     p, along = hammer(env)
     return p + distance * along
 
-# %% ../../../nbs/tasks/robomimic/expert.ipynb #00da0683
+# %% ../../../nbs/tasks/robomimic/expert.ipynb #b6f5eb73
 TABLE, CARRIED = (
     0.7,
     0.95,
@@ -394,9 +394,11 @@ def while_in_reach(env: RobomimicEnv, steps: Steps) -> Steps:
 
 
 def holds_hammer(env: RobomimicEnv, hand: ScriptedHand) -> bool:
-    "Whether both fingers of a hand touch the hammer."
-    scene = env.sim_env
-    return bool(scene._check_grasp(scene.robots[hand.arm].gripper, scene.transport.payload))
+    "Whether both fingers of a hand touch the hammer, and its handle is not at their ends: there it slips."
+    scene, (p, along), (here, _) = env.sim_env, hammer(env), hand.actual
+    off = here - p
+    level = abs((off - off @ along * along)[2]) < 0.012
+    return level and bool(scene._check_grasp(scene.robots[hand.arm].gripper, scene.transport.payload))
 
 # %% ../../../nbs/tasks/robomimic/expert.ipynb #9eb29360
 def fetch_hammer(env: RobomimicEnv, hand: ScriptedHand, meet: np.ndarray) -> Steps:
@@ -481,7 +483,7 @@ def take_hammer(env: RobomimicEnv, hand: ScriptedHand, meet: np.ndarray, message
         while "released" not in messages:
             yield
         yield from hand.go([x, y + 0.06, 1.05], rest, tol=0.025)
-        if hammer(env)[0][2] > CARRIED:
+        if length(hammer(env)[0] - hand.actual[0]) < 0.15:
             break
         yield from hand.open()
     yield from hand.go([x, y + 0.06, 0.85], rest, tol=0.015)

@@ -169,7 +169,7 @@ for _register, _name, _title, _own in (
     (_proficient, "square_ph", "Square ph", {}),
     (_mixed, "square_mh", "Square mh", {"max_steps": 500}),
     (_proficient, "transport_ph", "Transport ph", {"max_steps": 700}),
-    (_mixed, "transport_mh", "Transport mh", {"max_steps": 1100}),
+    (_mixed, "transport_mh", "Transport mh", {"max_steps": 1100, "patience": 1100}),
     (_proficient, "tool_hang_ph", "ToolHang ph", {"max_steps": 700, "policy": TOOL_HANG_POLICY}),
 ):
     _register(_name, title=_title, **_own)(make_robomimic)
