@@ -65,6 +65,7 @@ class HandReference:
     draws what differs between episodes of the same operator."""
 
     turn = 0.06  # rad per step
+    stalls_after = 0  # steps without progress after which a motion is given up; 0: it never is
 
     def __init__(self, env: RobomimicEnv, arm: int, operator: OperatorConfig, rng: np.random.Generator):
         self.env, self.arm, self.operator, self.rng = env, arm, operator, rng
@@ -96,11 +97,14 @@ class HandReference:
             self.R = Rotation.from_rotvec(turn * min(1, self.turn / angle)).as_matrix() @ self.R
         return bool(far <= speed and angle <= self.turn)
 
+    def stalled(self, since: Pose, speed: float) -> bool:
+        "Whether the reference has moved less than a tenth as far as it could in `stalls_after` steps."
+        moved, turned = length(self.pos - since[0]) / speed, angle_between(self.R, since[1]) / self.turn
+        return max(moved, turned) < 0.1 * self.stalls_after
+
 # %% ../../../nbs/tasks/robomimic/expert.ipynb #8a3a9b20
 class ScriptedHand(HandReference):
     "A hand with the motions that scripts are made of; each is a generator of control steps."
-
-    stalls_after = 0  # steps without progress after which `go` gives up; 0: it never does
 
     def go(
         self,
@@ -140,11 +144,6 @@ class ScriptedHand(HandReference):
             yield from self.go(via, R, tol=0.02, speed=speed, wait=3, detour=False)
         if self.rng.random() < self.operator.pause:
             yield from self.hold(int(self.rng.integers(3, 12)))
-
-    def stalled(self, since: Pose, speed: float) -> bool:
-        "Whether the reference has moved less than a tenth as far as it could in `stalls_after` steps."
-        moved, turned = length(self.pos - since[0]) / speed, angle_between(self.R, since[1]) / self.turn
-        return max(moved, turned) < 0.1 * self.stalls_after
 
     def rise(self, height: float, **kw) -> Steps:
         "Straight up from where the reference is, by `height` m."
