@@ -65,12 +65,12 @@ class HandReference:
     draws what differs between episodes of the same operator."""
 
     turn = 0.06  # rad per step
-    stalls_after = 0  # steps without progress after which a motion is given up; 0: it never is
+    stalls_after = 0  # steps of waiting, less those of moving, after which `go` gives up; 0: it never does
 
     def __init__(self, env: RobomimicEnv, arm: int, operator: OperatorConfig, rng: np.random.Generator):
         self.env, self.arm, self.operator, self.rng = env, arm, operator, rng
         self.pos, self.R = env.hand(arm)
-        self.grip, self.wobble = -1.0, np.zeros(3)
+        self.grip, self.wobble, self.waited = -1.0, np.zeros(3), 0
         self.speed = rng.uniform(*operator.speed)
 
     @property
@@ -91,16 +91,14 @@ class HandReference:
         way = pos - self.pos
         turn = np.zeros(3) if R is None else Rotation.from_matrix(R @ self.R.T).as_rotvec()
         far, angle = length(way), length(turn)
-        if length(self.pos - here) < 0.94 * STEP or way @ (self.pos - here) < 0:
+        moves = length(self.pos - here) < 0.94 * STEP or way @ (self.pos - here) < 0
+        if moves:
             self.pos = self.pos + way * min(1, speed / max(far, 1e-9))
-        if angle > 0 and angle_between(self.R, facing) < 0.8 * TURN:
+        turns = angle > 0 and angle_between(self.R, facing) < 0.8 * TURN
+        if turns:
             self.R = Rotation.from_rotvec(turn * min(1, self.turn / angle)).as_matrix() @ self.R
+        self.waited = max(0, self.waited - 1) if (moves and far > 0) or turns else self.waited + 1
         return bool(far <= speed and angle <= self.turn)
-
-    def stalled(self, since: Pose, speed: float) -> bool:
-        "Whether the reference has moved less than a tenth as far as it could in `stalls_after` steps."
-        moved, turned = length(self.pos - since[0]) / speed, angle_between(self.R, since[1]) / self.turn
-        return max(moved, turned) < 0.1 * self.stalls_after
 
 # %% ../../../nbs/tasks/robomimic/expert.ipynb #8a3a9b20
 class ScriptedHand(HandReference):
@@ -121,16 +119,14 @@ class ScriptedHand(HandReference):
         pos, speed = np.asarray(pos, float), speed or self.speed
         yield from self._distractions(pos, R, speed, detour)
         patience = 40 + 4 * length(pos - self.pos) / speed
-        since, steps = (self.pos, self.R), 0
+        self.waited = 0
         while wait > 0 and patience > 0:
-            patience, steps = patience - 1, steps + 1
+            patience -= 1
             arrived = self.move_toward(pos, R, speed)
             yield
             if not arrived:
-                if self.stalls_after and steps % self.stalls_after == 0:
-                    if self.stalled(since, speed):
-                        return
-                    since = self.pos, self.R
+                if self.waited > self.stalls_after > 0:
+                    return
                 continue
             wait -= 1
             at, facing = self.actual
@@ -396,7 +392,7 @@ def holds_hammer(env: RobomimicEnv, hand: ScriptedHand) -> bool:
     "Whether both fingers of a hand touch the hammer, and its handle is not at their ends: there it slips."
     scene, (p, along), (here, _) = env.sim_env, hammer(env), hand.actual
     off = here - p
-    level = abs((off - off @ along * along)[2]) < 0.012
+    level = abs((off - off @ along * along)[2]) < 0.018
     return level and bool(scene._check_grasp(scene.robots[hand.arm].gripper, scene.transport.payload))
 
 # %% ../../../nbs/tasks/robomimic/expert.ipynb #9eb29360
@@ -470,7 +466,6 @@ def grip_hammer(env: RobomimicEnv, hand: ScriptedHand) -> Steps:
 def take_hammer(env: RobomimicEnv, hand: ScriptedHand, meet: np.ndarray, messages: set[str]) -> Steps:
     "Wait beside the meeting place, take the hammer, put it into the goal bin; take it again when it slips."
     rest = down(nearest_yaw(0.0, yaw_of(hand.R)))
-    x, y = env.sim_env.transport.target_bin_pos[:2]
     while True:
         yield from hand.go(meet + [0, 0.16, 0.12], rest, tol=0.03)
         while not messages & {"offered", "released"}:
@@ -481,6 +476,7 @@ def take_hammer(env: RobomimicEnv, hand: ScriptedHand, meet: np.ndarray, message
         messages.add("taken")
         while "released" not in messages:
             yield
+        x, y = env.sim_env.transport.target_bin_pos[:2]
         yield from hand.go([x, y + 0.06, 1.05], rest, tol=0.025)
         if length(hammer(env)[0] - hand.actual[0]) < 0.15:
             break
