@@ -466,21 +466,23 @@ def grip_hammer(env: RobomimicEnv, hand: ScriptedHand) -> Steps:
 def take_hammer(env: RobomimicEnv, hand: ScriptedHand, meet: np.ndarray, messages: set[str]) -> Steps:
     "Wait beside the meeting place, take the hammer, put it into the goal bin; take it again when it slips."
     rest = down(nearest_yaw(0.0, yaw_of(hand.R)))
+    beside = meet + [0, 0.16, 0.12]
+    yield from hand.go(beside, rest, tol=0.03)
     while True:
-        yield from hand.go(meet + [0, 0.16, 0.12], rest, tol=0.03)
         while not messages & {"offered", "released"}:
             yield
         yield from grip_hammer(env, hand)
-        if not holds_hammer(env, hand):
-            continue
-        messages.add("taken")
-        while "released" not in messages:
-            yield
-        x, y = env.sim_env.transport.target_bin_pos[:2]
-        yield from hand.go([x, y + 0.06, 1.05], rest, tol=0.025)
-        if length(hammer(env)[0] - hand.actual[0]) < 0.15:
-            break
-        yield from hand.open()
+        if holds_hammer(env, hand):
+            messages.add("taken")
+            while "released" not in messages:
+                yield
+            x, y = env.sim_env.transport.target_bin_pos[:2]
+            yield from hand.go([x, y + 0.06, 1.05], rest, tol=0.025)
+            if length(hammer(env)[0] - hand.actual[0]) < 0.15:
+                break
+            yield from hand.open()
+        elif "offered" not in messages:
+            yield from hand.go(beside, rest, tol=0.03)
     yield from hand.go([x, y + 0.06, 0.85], rest, tol=0.015)
     yield from hand.open()
     yield from hand.hold(5)
