@@ -97,8 +97,15 @@ class HandReference:
         turns = angle > 0 and angle_between(self.R, facing) < 0.8 * TURN
         if turns:
             self.R = Rotation.from_rotvec(turn * min(1, self.turn / angle)).as_matrix() @ self.R
-        self.waited = max(0, self.waited - 1) if (moves and far > 0) or turns else self.waited + 1
-        return bool(far <= speed and angle <= self.turn)
+        arrived = bool(far <= speed and angle <= self.turn)
+        moved = arrived or turns or (moves and far > 0)
+        self.waited = max(0, self.waited - 1) if moved else self.waited + 1
+        return arrived
+
+    @property
+    def stalled(self) -> bool:
+        "Whether the reference has waited for too long."
+        return self.waited > self.stalls_after > 0
 
 # %% ../../../nbs/tasks/robomimic/expert.ipynb #8a3a9b20
 class ScriptedHand(HandReference):
@@ -120,13 +127,11 @@ class ScriptedHand(HandReference):
         yield from self._distractions(pos, R, speed, detour)
         patience = 40 + 4 * length(pos - self.pos) / speed
         self.waited = 0
-        while wait > 0 and patience > 0:
+        while wait > 0 and patience > 0 and not self.stalled:
             patience -= 1
             arrived = self.move_toward(pos, R, speed)
             yield
             if not arrived:
-                if self.waited > self.stalls_after > 0:
-                    return
                 continue
             wait -= 1
             at, facing = self.actual
