@@ -45,6 +45,7 @@ FLOORS = [
         "rollouts",
         "settings",
         "plan",
+        "cost",
         "stats",
         "figures",
         "paper",

@@ -2,12 +2,15 @@
 
 import contextlib
 import copy
+import functools
 import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -16,12 +19,14 @@ from ruamel.yaml import YAML
 
 from dpag import settings as s
 from dpag.config import SettingsError, merge
+from dpag.cost import stand_in_policy
 from dpag.files import root
 from dpag.policy import METHODS, PolicyConfig
 from dpag.tasks.base import TASKS
-from dpag.train import TrainConfig
+from dpag.train import TrainConfig, ema_decay, fit
 
-RUNS = [f"{p}-{d}" for p in ("smoke", "laptop", "workstation", "paper") for d in ("scripted", "human")]
+PROFILES = ("smoke", "workstation", "paper", "paper-core")
+RUNS = [f"{p}-{d}" for p in ("laptop", *PROFILES) for d in ("scripted", "human")]
 
 
 def tree(profile="laptop"):
@@ -42,11 +47,99 @@ def test_params_is_committed_as_the_laptop_profile():
     assert s.load().run == "laptop-scripted"
 
 
-def test_paper_profile_is_the_papers():
-    for task in ("pusht_kp", "can_ph"):
-        p = s.load("paper-human").cell(task, "dp").policy
-        assert (p.net.kind, p.diffusion.prediction, p.action_frame) == ("unet", "epsilon", "absolute")
-        assert (p.diffusion.n_train_steps, p.diffusion.sampler) == (100, "ddpm")
+COLUMNS = list(s.read_tree(root() / "conf/profile/paper.yaml")["pipeline"])
+SEVEN = ("lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow", "dp", "dp_ag")
+IMAGES = ("pusht_img", "dynamic_pusht_img")
+
+
+@functools.cache
+def paper():
+    return s.load("paper-human")
+
+
+def test_the_paper_profile_runs_every_method_in_every_column_of_the_tables():
+    assert len(COLUMNS) == 13
+    for task in COLUMNS:
+        assert sorted(paper().pipeline[task]) == sorted(SEVEN)
+
+
+@pytest.mark.parametrize("task", COLUMNS)
+def test_dp_and_dp_ag_have_diffusion_policys_published_settings(task):
+    wide = task in (*IMAGES, "kitchen")
+    for method in ("dp", "dp_ag"):
+        cell = paper().cell(task, method)
+        p, train = cell.policy, cell.train
+        assert (p.horizon, p.n_obs_steps, p.n_action_steps, p.action_frame) == (16, 2, 8, "absolute")
+        assert p.net.kind == "unet"
+        assert p.net.channels == ([512, 1024, 2048] if wide else [256, 512, 1024])
+        assert (p.net.kernel_size, p.net.n_groups, p.net.step_dim) == (5, 8, 128 if task in IMAGES else 256)
+        d = p.diffusion
+        assert (d.prediction, d.sampler, d.n_train_steps, d.n_sample_steps) == ("epsilon", "ddpm", 100, 100)
+        assert (d.schedule, d.clip) == ("squaredcos_cap_v2", 1.0)
+        assert (train.lr, train.weight_decay, train.betas) == (1e-4, 1e-6, (0.95, 0.999))
+        assert (train.warmup_steps, train.batch_size) == (500, 64 if task in IMAGES else 256)
+        assert train.ema.model_dump() == {"inv_gamma": 1.0, "power": 0.75, "max_decay": 0.9999}
+        assert cell.evaluate.n_episodes == 50 and len(cell.evaluate.curve) == 9
+
+
+@pytest.mark.parametrize("task", COLUMNS)
+def test_the_baselines_have_their_published_settings(task):
+    image, kitchen = task in IMAGES, task == "kitchen"
+    lstm, ibc, bet = (paper().cell(task, m) for m in ("lstm_gmm", "ibc", "bet"))
+    m = lstm.method
+    assert (m.min_std, m.hidden, m.layers, m.n_modes) == (1e-4, 1000 if image else 400, 2, 5)
+    assert (lstm.train.weight_decay, lstm.train.betas) == (0.0, (0.9, 0.999))
+    m = ibc.method
+    assert (m.width, m.depth, m.n_negatives, m.n_candidates, m.n_rounds) == (1024, 4, 1024, 1024, 5)
+    assert (m.spread, m.shrink, ibc.train.batch_size) == (0.03, 1.0, 128 if image else 256)
+    m = bet.method
+    assert (m.n_bins, m.layers, m.heads, m.width) == ((64, 6, 6, 120) if kitchen else (24, 4, 4, 72))
+    assert (m.offset_weight, m.focal_gamma, bet.policy.horizon) == (1000.0, 2.0, 10 if kitchen else 3)
+    assert (bet.train.weight_decay, bet.train.betas, bet.train.grad_clip) == (0.1, (0.9, 0.95), 1.0)
+    for cell in (lstm, ibc, bet):  # there is no average of the weights
+        assert [ema_decay(n, cell.train.ema) for n in (0, 1, 10_000)] == [0, 0, 0]
+        assert cell.train.lr == 1e-4
+
+
+def test_a_column_is_trained_for_as_many_steps_by_every_method_that_sees_as_many_windows():
+    for task in COLUMNS:
+        steps = {paper().cell(task, m).train.steps for m in SEVEN if not (m == "ibc" and task in IMAGES)}
+        assert len(steps) == 1 and steps != {TrainConfig().steps}
+
+
+def narrow(cell: s.CellSettings) -> s.CellSettings:
+    "The cell with nets an eighth as wide, in place of up to 256 million weights."
+    policy, method = cell.policy, cell.method
+    net = policy.net.model_copy(update={"channels": [c // 8 for c in policy.net.channels]})
+    widths = {"hidden", "width"} & set(type(method).model_fields) if method.kind != "bet" else set()
+    method = method.model_copy(update={w: getattr(method, w) // 8 for w in widths})
+    return cell.model_copy(update={"policy": policy.model_copy(update={"net": net}), "method": method})
+
+
+@pytest.mark.parametrize("method", SEVEN)
+@pytest.mark.parametrize("task", COLUMNS)
+def test_every_cell_of_the_paper_makes_a_training_step(task, method):
+    "At full size on Push-T's keypoints; elsewhere the nets are narrow, but for BET's and the ResNet."
+    cell = paper().cell(task, method)
+    policy, dataset = stand_in_policy(cell if task == "pusht_kp" else narrow(cell))
+    before = [p.detach().clone() for p in policy.parameters()]
+    train = cell.train.model_copy(update={"steps": 1, "batch_size": 2, "warmup_steps": 0, "device": "cpu"})
+    log = fit(policy, dataset, train)
+    assert math.isfinite(log.loss[0])
+    moved = sum(not torch.equal(a, b) for a, b in zip(before, policy.parameters()))
+    assert moved > len(before) / 2
+
+
+def test_the_core_of_the_paper_differs_in_little():
+    core = s.load("paper-core-human")
+    assert len(core.pipeline) == 6
+    for task, methods in core.pipeline.items():
+        assert methods == {"dp": [0, 1, 2], "dp_ag": [0, 1, 2]}
+        for method in methods:
+            a, b = paper().cell(task, method), core.cell(task, method)
+            assert b.method == a.method and b.policy.diffusion == a.policy.diffusion
+            assert b.train.model_copy(update={"steps": a.train.steps, "precision": "float32"}) == a.train
+            assert b.policy == a.policy or task == "kitchen"
 
 
 UNET = {"kind": "unet", "channels": [16, 32, 64], "kernel_size": 5, "n_groups": 8, "step_dim": 16}
@@ -111,6 +204,9 @@ CASES = [
     ({"tasks.kitchen.expert": {"gain": [2, 1]}}, ["tasks.kitchen.expert.gain", "[lowest, highest]"]),
     ({"robot.limits": {"speed": 0.5}}, ["robot.limits", "speed = 0.5", "looser"]),
     ({"trian": {}}, ["trian", "Extra inputs"]),
+    ({"by_demos.robots": {}}, ["by_demos.robots = 'robots'", "allowed are", "human"]),
+    ({"by_demos.human": {"profile": "mine"}}, ["by_demos.human has ['profile']", "same for every source"]),
+    ({"by_demos.human": 7}, ["by_demos.human = 7", "valid dictionary"]),
 ]
 
 
@@ -163,6 +259,49 @@ def test_a_method_is_laid_over_the_task_and_the_tasks_word_on_it_over_both():
     )
 
 
+def test_the_kitchens_limit_is_the_usual_one_with_human_demonstrations():
+    for run in RUNS:
+        assert s.load(run).task("kitchen").max_steps == (280 if run.endswith("human") else 500)
+
+
+def test_what_is_said_of_a_source_holds_for_it_alone():
+    wanted = with_changes({"by_demos.human": {"train": {"lr": 0.5}}}, tree())
+    assert s.validate(wanted).cell("pusht_kp", "dp").train.lr == 2e-3
+    assert s.validate({**wanted, "demos": "human"}).cell("pusht_kp", "dp").train.lr == 0.5
+
+
+def project(tmp_path, **files) -> Path:
+    "A folder with the project's params.yaml and conf/common.yaml, and profiles of these texts."
+    (tmp_path / "conf/profile").mkdir(parents=True)
+    for name in ("params.yaml", "conf/common.yaml"):
+        (tmp_path / name).write_text((root() / name).read_text(encoding="utf-8"), encoding="utf-8")
+    for name, text in files.items():
+        (tmp_path / f"conf/profile/{name}.yaml").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_a_profile_inherits_from_the_one_that_it_is_like_all_but_what_is_run(tmp_path):
+    small = "train: {lr: 0.5, steps: 7}\npipeline: {pusht_kp: {dp: [0]}}\nablation: {methods: [ab_dp]}"
+    own = "profile: own\nlike: small\ntrain: {lr: 0.25}"
+    settings = s.load("own-scripted", project(tmp_path, small=small, own=own))
+    assert settings.run == "own-scripted" and settings.pipeline == {} and settings.ablation.methods == []
+    assert (settings.train["lr"], settings.train["steps"]) == (0.25, 7)
+
+
+@pytest.mark.parametrize(
+    "files,words",
+    [
+        ({"own": "like: own"}, "own.yaml: like = 'own': a circle"),
+        ({"own": "like: other", "other": "like: own"}, "other.yaml: like = 'own': a circle"),
+        ({"own": "like: huge"}, "profile = 'huge': allowed are laptop, own"),
+        ({"own": "like: [1]"}, "profile = [1]: allowed are"),
+    ],
+)
+def test_a_profile_like_no_other_is_refused(files, words, tmp_path):
+    with pytest.raises(SettingsError, match=re.escape(words)):
+        s.load("own-scripted", project(tmp_path, **files))
+
+
 def test_a_variant_inherits_what_it_does_not_say():
     settings = s.load("workstation-scripted")
     cold, full = settings.cell("pusht_kp", "ab_dp_cold"), settings.method("ab_gamma_10")
@@ -176,7 +315,7 @@ def test_a_variant_inherits_what_it_does_not_say():
 YAMLS = [
     "params.yaml",
     "conf/common.yaml",
-    *(f"conf/profile/{p}.yaml" for p in ("smoke", "workstation", "paper")),
+    *(f"conf/profile/{p}.yaml" for p in PROFILES),
 ]
 
 

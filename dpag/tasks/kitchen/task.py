@@ -45,7 +45,7 @@ class KitchenConfig(TaskConfig):
     "Franka Kitchen: the limit of an episode, and where its demonstrations come from."
 
     max_steps: Count = 500
-    "Steps of 80 ms after which an episode ends, a scripted one too; the usual limit is 280."
+    "Steps of 80 ms after which an episode ends, a scripted one too; 280 with human ones (conf/common.yaml)."
     n_demos: Count = 150
     "Scripted demonstrations that are made; the humans' are 566."
     expert: KitchenExpertConfig = KitchenExpertConfig()

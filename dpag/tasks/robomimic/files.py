@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRIST_TO_GRIP', 'ALIKE', 'NEAR', 'FAR_TURN', 'ABSOLUTE', 'HUMAN_URL', 'N_HUMAN', 'wrist_poses', 'grip_poses',
            'write_hdf5', 'check_environment', 'arm_controllers', 'controller_moves', 'check_actions', 'read_hdf5',
-           'human_demonstrations']
+           'episode_images', 'with_images', 'human_demonstrations']
 
 # %% ../../../nbs/tasks/robomimic/files.ipynb #38027ac2
 import json
@@ -17,18 +17,22 @@ from typing import Any
 import h5py
 import numpy as np
 from scipy.spatial.transform import Rotation
+from tqdm import tqdm
 
 from ...arrays import first_bad
 from ...data import Demonstrations
 from ...files import atomic
+from ...libraries import draw, make_renderer
 from ..base import fetch, joined
 from dpag.tasks.robomimic.env import (
     CONTROLLER,
     SCENES,
     SceneSpec,
+    make_scene,
     matrix_from_6d,
     matrix_to_6d,
     moved_poses,
+    mujoco,
     robosuite,
     robosuite_options,
 )
@@ -254,6 +258,11 @@ def _full_delta(controller: dict) -> bool:
     )
 
 # %% ../../../nbs/tasks/robomimic/files.ipynb #77978cc6
+def _names(f: h5py.File) -> list[str]:
+    "The episodes of an open file, in order."
+    return sorted(f["data"], key=lambda n: int(n.removeprefix("demo_")))
+
+
 def read_hdf5(path, scene: str) -> Demonstrations:
     """robomimic's file as demonstrations of `scene`: `object`, `gripper_qpos`, `hold`, `action`,
     `sim_state`, and `action_delta` if the file's actions are the scenes' delta actions; its masks in
@@ -268,7 +277,7 @@ def read_hdf5(path, scene: str) -> Demonstrations:
             args = json.loads(f["data"].attrs["env_args"])
             check_environment(args, spec)
             controllers = arm_controllers(args["env_kwargs"], spec.n_arms)
-            names = sorted(f["data"], key=lambda n: int(n.removeprefix("demo_")))
+            names = _names(f)
             episodes = [_converted(n, _read_demo(f["data"][n], spec), controllers) for n in names]
             steps, total = sum(len(e["action"]) for e in episodes), f["data"].attrs["total"]
             if steps != total:
@@ -279,24 +288,66 @@ def read_hdf5(path, scene: str) -> Demonstrations:
         raise ValueError(f"{path}: not robomimic's low_dim file of {scene}, or damaged: {fault}") from None
     return joined(episodes, {"source": "human", "file": path.name, "operators": masks, "env_args": args})
 
+# %% ../../../nbs/tasks/robomimic/files.ipynb #4f741d12
+def episode_images(xml: str, states: np.ndarray, scene: str) -> dict[str, np.ndarray]:
+    """What the policy's cameras see, `(T, side, side, 3)` bytes by camera, in the `states` `(T, S)` (time,
+    positions, velocities) of the model `xml`.
+
+    Raises ValueError for states of another model, RuntimeError without OpenGL."""
+    spec, model = SCENES[scene], mujoco.MjModel.from_xml_string(xml)
+    if states.shape[1] != 1 + model.nq + model.nv:
+        raise ValueError(f"a state has {states.shape[1]} numbers, the model's {1 + model.nq + model.nv}")
+    data, renderer, option = mujoco.MjData(model), make_renderer(model, spec.side), mujoco.MjvOption()
+    option.geomgroup[0] = 0  # robosuite's collision shapes
+    images = {c: np.empty((len(states), spec.side, spec.side, 3), np.uint8) for c in spec.cameras}
+    for t, state in enumerate(states):
+        data.time, data.qpos[:], data.qvel[:] = state[0], *np.split(state[1:], [model.nq])
+        mujoco.mj_forward(model, data)
+        for camera, frames in images.items():
+            renderer.update_scene(data, camera, option)
+            frames[t] = draw(renderer)
+    renderer.close()
+    return images
+
+# %% ../../../nbs/tasks/robomimic/files.ipynb #be72a35b
+def with_images(demos: Demonstrations, path, scene: str) -> Demonstrations:
+    """The demonstrations of robomimic's file at `path`, with images in the place of `object`.
+
+    Raises ValueError for a file without models, and as `episode_images`; RuntimeError without OpenGL."""
+    spec, sim = SCENES[scene], make_scene(SCENES[scene])
+    size = (int(demos.episode_ends[-1]), spec.side, spec.side, 3)
+    images = {camera: np.empty(size, np.uint8) for camera in spec.cameras}
+    with h5py.File(path) as f:
+        for i, name in enumerate(tqdm(_names(f), desc=f"images of {scene}", mininterval=2, unit="episode")):
+            if (xml := f["data"][name].attrs.get("model_file")) is None:
+                raise ValueError(f"{path}: {name} has no model_file, from which it could be drawn")
+            end = demos.episode_ends[i]
+            states = demos.episode(i)["sim_state"]
+            for camera, frames in episode_images(sim.edit_model_xml(xml), states, scene).items():
+                images[camera][end - len(states) : end] = frames
+    arrays = {k: a for k, a in demos.arrays.items() if k != "object"}
+    return Demonstrations({**arrays, **images}, demos.episode_ends, demos.meta)
+
 # %% ../../../nbs/tasks/robomimic/files.ipynb #f4e3d61e
 HUMAN_URL = "https://downloads.cs.stanford.edu/downloads/rt_benchmark/{scene}/{who}/low_dim_v141.hdf5"
 N_HUMAN = {"ph": 200, "mh": 300}
 
 
-def human_demonstrations(scene: str, who: str, folder: Path) -> Demonstrations:
+def human_demonstrations(scene: str, who: str, folder: Path, images: bool = False) -> Demonstrations:
     """robomimic's human episodes, from DPAG_MIRROR (`robomimic/<scene>/<ph|mh>/low_dim_v141.hdf5`) or
-    downloaded into `folder`, checked; a download that fails the check is removed.
+    downloaded into `folder`, checked; a download that fails the check is removed. With `images`, these are
+    drawn in the place of `object`.
 
-    Raises FileNotFoundError or ConnectionError where there is none, ValueError where it is damaged."""
+    Raises FileNotFoundError or ConnectionError where there is none, ValueError where it is damaged, and as
+    `with_images`."""
     url = HUMAN_URL.format(scene=scene, who=who)
     path = fetch(f"robomimic/{scene}/{who}/low_dim_v141.hdf5", url, folder)
     try:
         demos = read_hdf5(path, scene)
         if len(demos) != N_HUMAN[who]:
             raise ValueError(f"{path} has {len(demos)} episodes, robomimic's has {N_HUMAN[who]}")
-        return demos
     except ValueError:
         if not os.environ.get("DPAG_MIRROR"):
             path.unlink(missing_ok=True)
         raise
+    return with_images(demos, path, scene) if images else demos

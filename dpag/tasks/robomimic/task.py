@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ...config import Count, Range, SettingsError, Strict, merge
+from ...config import Count, Range, Strict, merge
 from ...data import Demonstrations, Shapes
 from ..base import TASKS, Task, TaskConfig, collect_successes, joined, register_task
 
@@ -145,12 +145,7 @@ def _human(
 ) -> Demonstrations:
     from dpag.tasks.robomimic.files import human_demonstrations
 
-    if config.observation == "image":
-        raise SettingsError(
-            f"tasks.{scene}_{who}.observation = 'image': robomimic's public files have no images; "
-            "allowed are object, or demos = scripted"
-        )
-    return human_demonstrations(scene, who, folder / "raw")
+    return human_demonstrations(scene, who, folder / "raw", images=config.observation == "image")
 
 # %% ../../../nbs/tasks/robomimic/task.ipynb #971e537c
 POLICY = {"encoder": {"features": "raw", "camera": {"crop": 76}}, "diffusion": {"prediction": "sample"}}
@@ -175,7 +170,7 @@ for _register, _name, _title, _own in (
     (_proficient, "square_ph", "Square ph", {}),
     (_mixed, "square_mh", "Square mh", {"max_steps": 500}),
     (_proficient, "transport_ph", "Transport ph", {"max_steps": 700}),
-    (_mixed, "transport_mh", "Transport mh", {"max_steps": 700}),
+    (_mixed, "transport_mh", "Transport mh", {"max_steps": 1100, "patience": 1100}),
     (_proficient, "tool_hang_ph", "ToolHang ph", {"max_steps": 700, "policy": TOOL_HANG_POLICY}),
 ):
     _register(_name, title=_title, **_own)(make_robomimic)
