@@ -57,9 +57,8 @@ def counted(call: Callable) -> Work:
 def stand_in(shapes: Shapes, n_steps: int = 40) -> Demonstrations:
     "Two episodes of `n_steps` steps of random numbers; images are bytes."
     rng = np.random.default_rng(0)
-    arrays: dict[str, np.ndarray] = {
-        "action": rng.normal(size=(2 * n_steps, shapes.action_dim)).astype(np.float32)
-    }
+    actions = rng.normal(size=(2 * n_steps, shapes.action_dim)).astype(np.float32)
+    arrays: dict[str, np.ndarray] = {"action": actions}
     for key, shape in shapes.obs.items():
         size = (2 * n_steps, *shape)
         image = len(shape) == 3
