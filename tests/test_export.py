@@ -1,5 +1,6 @@
 """A policy as an ONNX file: the same actions as `act`, by a runner that needs no torch."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,18 @@ def test_the_runner_is_one_file_that_needs_no_torch(dp_ag, tmp_path):
     run = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_push_t_is_played_without_torch(dp_ag, tmp_path):
+    pytest.importorskip("gym_pusht")
+    for file in (dp_ag[2] / "policy.onnx", runner.__file__, root() / "tools/pusht_onnx.py"):
+        shutil.copy(file, tmp_path)
+    run = [sys.executable, "pusht_onnx.py", "policy.onnx", "--episodes", "2", "--max-steps", "20"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    played = json.loads(done.stdout.splitlines()[-1])
+    assert played["without_torch"] and len(played["scores"]) == 2
+    assert all(0 <= score <= 1 for score in played["scores"])
 
 
 def test_within_the_package_the_runner_needs_no_torch_either():
