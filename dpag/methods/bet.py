@@ -136,10 +136,10 @@ class BETPolicy(ChunkPolicy):
     ) -> tuple[Float[Tensor, "batch time bins"], Float[Tensor, "batch time bins action"]]:
         "Logits and offsets; step t sees steps up to t. With a `generator`, units are left out."
         mask = torch.ones(self.horizon, self.horizon, dtype=torch.bool, device=mu.device).triu(1)
-        noise = None if self.method.dropout == 0 else generator
-        self.drop.train(noise is not None)
-        self.trunk.train(noise is not None)
-        with contextlib.nullcontext() if noise is None else own_noise(noise):
+        dropping = generator if self.method.dropout > 0 else None
+        self.drop.train(dropping is not None)
+        self.trunk.train(dropping is not None)
+        with contextlib.nullcontext() if dropping is None else own_noise(dropping):
             h = self.trunk(self.drop(self.tokens(mu) + self.place), mask=mask)
         return self.logits(h), self.offsets(h).unflatten(-1, (-1, self.shapes.action_dim))
 
