@@ -139,6 +139,20 @@ def test_a_fingerprint_changes_with_every_section_and_a_mismatch_is_refused():
         check_fingerprint(info, *cell[:2], PolicyConfig(net=MLPConfig(width=8)), *cell[4:])
 
 
+@pytest.mark.parametrize(
+    "betas,said",
+    [
+        ([0.9, 1.0], "betas.1 = 1.0.*less than 1"),
+        ([0.9], "betas.1.*required"),
+        ("0.9", "betas = '0.9'.*tuple"),
+    ],
+)
+def test_betas_are_two_numbers_below_one(betas, said):
+    assert config.layered(TrainConfig, {"betas": [0.95, 0.999]}).betas == (0.95, 0.999)
+    with pytest.raises(config.SettingsError, match=said):
+        config.layered(TrainConfig, {"betas": betas})
+
+
 def test_betas_at_their_default_leave_older_runs_their_hash():
     "As before there were any; others change it."
     cell = ["pusht_kp", "dp", "data", PolicyConfig(), MethodConfig(kind="dp")]
