@@ -12,7 +12,7 @@ from dpag.methods.ada_flow import step_size
 from dpag.methods.bet import action_centres, focal_loss, nearest
 from dpag.methods.flow_policy import segment_end
 from dpag.methods.ibc import IBCConfig, search
-from dpag.methods.lstm_gmm import robomimic_algo
+from dpag.methods.lstm_gmm import last_steps, robomimic_algo
 from dpag.methods.toy import TOY, learn, toy_policy, two_ways, walk
 from dpag.policy import METHODS, build_policy, load_policy, save_policy
 
@@ -271,6 +271,60 @@ def test_training_is_resumed_bit_identically(methods, tmp_path, kind):
     assert (tmp_path / "killed/resume.safetensors").exists()
     run("killed")
     assert torch.equal(*results)
+
+
+# LSTM-GMM beside robomimic's own.
+
+
+def test_lstm_gmms_whole_context_is_the_last_step_of_the_sequence(made):
+    "To the bit: a Gaussian by its weight, then its deviation, both from the generator."
+    policy, batch, _ = made["lstm_gmm"]
+    policy.eval()
+    mixture = policy.actor.forward_train({"latent": policy.encode(batch["obs"])[0]})
+    g, rows = generator("a"), torch.arange(8)
+    mode = torch.multinomial(mixture.mixture_distribution.probs[:, -1], 1, generator=g)[:, 0]
+    gaussians = mixture.component_distribution.base_dist
+    mean, std = gaussians.loc[:, -1][rows, mode], gaussians.scale[:, -1][rows, mode]
+    drawn = mean + std * torch.randn(mean.shape, generator=g)
+    want = policy.executed(drawn[:, None].expand(-1, policy.horizon, -1), batch["obs"])
+    assert torch.equal(policy.act(batch["obs"], generator("a")), want)
+
+
+def test_reading_n_observations_is_robomimics_nth_act_after_a_start(made):
+    policy, batch, _ = made["lstm_gmm"]
+    policy.eval()
+    z = policy.encode(batch["obs"])[0]
+    for n in (1, 4, policy.horizon):
+        state = policy.actor.get_rnn_init_state(8, "cpu")
+        for t in range(policy.horizon - n, policy.horizon):
+            theirs, state = policy.actor.forward_train_step({"latent": z[:, t]}, rnn_state=state)
+        ours = policy.actor.forward_train({"latent": last_steps(z, torch.full((8,), n))})
+        torch.testing.assert_close(
+            ours.component_distribution.base_dist.loc[:, n - 1], theirs.component_distribution.base_dist.loc
+        )
+        torch.testing.assert_close(
+            ours.mixture_distribution.probs[:, n - 1], theirs.mixture_distribution.probs
+        )
+
+
+def test_a_drawn_context_forgets_what_is_before_it(made):
+    "Any number of observations is read, one as often as ten; the older ones change nothing."
+    policy, batch, _ = made["lstm_gmm"]
+    policy.eval()
+    try:
+        policy.act_as({"context": "drawn"})
+        n = policy.context(4000, generator("n"))
+        assert torch.equal(n.unique(), torch.arange(1, policy.horizon + 1))
+        assert (n.bincount()[1:] / 4000 - 1 / policy.horizon).abs().max() < 0.02
+        read = policy.context(8, generator("a"))
+        assert read.min() < read.max()
+        old = torch.arange(policy.horizon) < policy.horizon - read[:, None]
+        others = {k: torch.where(old[..., None], v + 0.7, v) for k, v in batch["obs"].items()}
+        first = policy.act(batch["obs"], generator("a"))
+        assert torch.equal(policy.act(others, generator("a")), first)
+    finally:
+        policy.act_as({"context": "whole"})
+    assert not torch.equal(policy.act(others, generator("a")), policy.act(batch["obs"], generator("a")))
 
 
 # Settings, titles and the registry.
