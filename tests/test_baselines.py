@@ -1,13 +1,19 @@
 """The five baselines: their losses against the formulas, what they can and cannot hold, checkpoints."""
 
+import importlib
 import math
 import subprocess
 import sys
 
+import h5py
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from dpag.config import generator
+from dpag.files import root
 from dpag.methods.ada_flow import step_size
 from dpag.methods.bet import action_centres, focal_loss, nearest
 from dpag.methods.flow_policy import segment_end
@@ -15,6 +21,7 @@ from dpag.methods.ibc import IBCConfig, search
 from dpag.methods.lstm_gmm import last_steps, robomimic_algo
 from dpag.methods.toy import TOY, learn, toy_policy, two_ways, walk
 from dpag.policy import METHODS, build_policy, load_policy, save_policy
+from dpag.tasks.base import joined
 
 KINDS = ["lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow"]
 SMALL = {
@@ -325,6 +332,107 @@ def test_a_drawn_context_forgets_what_is_before_it(made):
     finally:
         policy.act_as({"context": "whole"})
     assert not torch.equal(policy.act(others, generator("a")), policy.act(batch["obs"], generator("a")))
+
+
+# tools/robomimic_control.py: robomimic's own trainer on our demonstrations.
+
+
+@pytest.fixture(scope="module")
+def control():
+    pytest.importorskip("robosuite")
+    sys.path.append(str(root() / "tools"))
+    return importlib.import_module("robomimic_control")
+
+
+@pytest.fixture(scope="module")
+def file_of_robomimic(control, tmp_path_factory):
+    "Episodes of Can that nobody could drive, as robomimic's file, and as they are here."
+    rng, episodes = np.random.default_rng(0), []
+    for length in (30, 45):
+        turns = Rotation.from_rotvec(0.2 * rng.normal(size=(length, 3))).as_matrix() @ np.diag([1, -1, -1])
+        pos, delta = rng.normal(size=(length, 3)), rng.uniform(-1, 1, (length, 7))
+        hold = np.concatenate([pos, turns[:, :2].reshape(length, 6), np.zeros((length, 1))], 1)
+        action = control.to_absolute(delta, pos, turns, turns[0])
+        others = {"object": 14, "gripper_qpos": 2, "sim_state": 71}
+        rest = {k: rng.normal(size=(length, n)) for k, n in others.items()}
+        episodes.append({**rest, "hold": hold, "action": action, "action_delta": delta})
+    demos = joined(episodes, {})
+    path = tmp_path_factory.mktemp("control") / "can.hdf5"
+    control.write_hdf5(path, demos, "can")
+    return path, demos
+
+
+def test_robomimic_is_shown_what_its_file_has(control, file_of_robomimic):
+    path, demos = file_of_robomimic
+    seen = control.robomimic_observation(demos.episode(1))
+    with h5py.File(path) as f:
+        stored = {k: v[:] for k, v in f["data/demo_1/obs"].items()}
+    assert seen.keys() == stored.keys()
+    for k, v in stored.items():
+        np.testing.assert_allclose(seen[k], v, atol=1e-12)
+
+
+def test_robomimics_delta_actions_are_absolute_ones_here(control, file_of_robomimic):
+    episode, starts = file_of_robomimic[1].episode(0), []
+
+    class Fixed:
+        "An algorithm of robomimic's that puts out what was demonstrated."
+
+        def set_eval(self):
+            starts.append("eval")
+
+        def reset(self):
+            starts.append("reset")
+
+        def get_action(self, obs_dict):
+            assert obs_dict["object"].shape == (30, 14) and obs_dict["object"].dtype == torch.float32
+            return torch.as_tensor(episode["action_delta"]).float()
+
+    policy = control.RobomimicPolicy(Fixed())
+    policy.reset_counts()
+    assert starts == ["eval", "reset"]
+    obs = {k: torch.as_tensor(episode[k])[:, None] for k in ("object", "gripper_qpos", "hold")}
+    actions = policy.act(obs, generator("a"))
+    assert actions.shape == (30, 1, 10)
+    np.testing.assert_allclose(actions[:, 0], episode["action"], atol=1e-6)
+
+
+def test_robomimics_own_trainer_learns_from_our_file(control, file_of_robomimic):
+    path, demos = file_of_robomimic
+    asked = control.parse(["robomimic", "can_ph", "--steps", "100"])
+    changes = control.changes_of("algo.rnn.hidden_dim=8 train.batch_size=4 algo.gmm.min_std=0.01")
+    config = control.robomimic_config(asked.cell, path, steps=100, seed=0, changes=changes)
+    rnn, gmm = config.algo.rnn, config.algo.gmm
+    published = (rnn.horizon, rnn.num_layers, gmm.num_modes, gmm.low_noise_eval, config.train.seq_length)
+    assert published == (10, 2, 5, True, 10) and config.algo.actor_layer_dims == ()
+    assert (rnn.hidden_dim, gmm.min_std) == (8, 0.01)
+    algo, obs_keys = control.robomimic_algo(config)
+    before = [p.detach().clone() for p in algo.nets.parameters()]
+    assert math.isfinite(control.train_robomimic(algo, obs_keys, config))
+    assert not any(torch.equal(a, b) for a, b in zip(before, algo.nets.parameters()))
+    policy = control.RobomimicPolicy(algo)
+    obs = {k: torch.as_tensor(demos.arrays[k])[:1, None] for k in ("object", "gripper_qpos", "hold")}
+    acts = []
+    for _ in range(2):  # all noise comes from the generator, all memory ends with the episode
+        policy.reset_counts()
+        g = generator("a")
+        acts.append(torch.cat([policy.act(obs, g) for _ in range(12)]))
+    assert torch.equal(*acts) and not torch.equal(acts[0][0], acts[0][1])
+
+
+def test_what_the_control_measures_and_how_it_is_asked(control, tmp_path):
+    assert control.closings(np.array([-1, -1, 1, 1, -1, 1])) == 2
+    assert control.idle(np.array([[0, 0, 0], [0, 0, 0.0005], [0, 0.1, 0], [0, 0.2, 0.0]])) == 1 / 3
+    assert control.changes_of("a.b=1e-4 a.c=x d=2") == {"a": {"b": 1e-4, "c": "x"}, "d": 2}
+    with pytest.raises(SystemExit):
+        control.parse(["robomimic", "can_mh", "--steps", "150"])
+    with pytest.raises(SystemExit):
+        control.parse(["robomimic", "transport_ph"])  # two arms
+    row = dict.fromkeys(control.KEY, "") | {"task": "can_ph", "seed": 0, "success": 0.25}
+    for change in ({}, {"seed": 1}, {"success": 0.5}):
+        control.add_row({**row, **change}, tmp_path / "t.csv")
+    table = pd.read_csv(tmp_path / "t.csv")
+    assert table[["seed", "success"]].values.tolist() == [[0, 0.5], [1, 0.25]]
 
 
 # Settings, titles and the registry.

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import argparse
 import contextlib
 import io
+import json
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 
 from dpag.config import changed, fingerprint, merge, seed_everything
 from dpag.data import Demonstrations, WindowDataset, load_demonstrations, save_demonstrations
@@ -215,11 +215,13 @@ class Asked:
 
 
 def changes_of(words: str) -> dict:
-    "`algo.gmm.min_std=0.1 seed=2` as a tree; values are YAML."
+    "`algo.gmm.min_std=0.1 seed=2` as a tree; a value is JSON, or else a word."
     tree: dict = {}
-    for word in words.split():
-        key, value = word.split("=", 1)
-        leaf: dict | object = yaml.safe_load(value)
+    for change in words.split():
+        key, _, value = change.partition("=")
+        leaf: object = value
+        with contextlib.suppress(ValueError):
+            leaf = json.loads(value)
         for name in reversed(key.split(".")):
             leaf = {name: leaf}
         tree = merge(tree, leaf)
