@@ -39,7 +39,7 @@ from dpag.provenance import provenance
 from dpag.rollouts import Protocol, rollout
 from dpag.settings import CellSettings, load
 from dpag.stats import clopper_pearson
-from dpag.tasks.base import get_task
+from dpag.tasks.base import TASKS, get_task
 from dpag.tasks.robomimic.env import SCENES, RobomimicEnv, matrix_from_6d, to_absolute
 from dpag.tasks.robomimic.files import wrist_poses, write_hdf5
 from dpag.tasks.robomimic.task import scripted_demonstrations
@@ -50,6 +50,14 @@ OUT = root() / "results/robomimic_control.csv"
 KEY = ["task", "trainer", "settings", "acting", "demos", "seed", "steps", "episodes"]
 STILL = 0.001  # m per step: a hand that moves less is idle
 EPOCH = 100  # steps; robomimic's own
+
+ONE_ARM = [name for name, spec in SCENES.items() if spec.n_arms == 1]
+
+
+def scene_of(task: str) -> str:
+    "The scene of a task `<scene>_<ph|mh>`."
+    return task.rpartition("_")[0]
+
 
 # ---- what an episode looks like
 
@@ -232,7 +240,7 @@ def demonstrations(cell: CellSettings) -> Demonstrations:
     "The task's scripted demonstrations, made once, by one process."
     path = SCRATCH / f"{cell.task_name}-{cell.task.n_demos}.zarr"
     if not path.exists():
-        scene, shapes = cell.task_name.rsplit("_", 1)[0], get_task(cell.task_name, cell.task).shapes
+        scene, shapes = scene_of(cell.task_name), get_task(cell.task_name, cell.task).shapes
         made = scripted_demonstrations(scene, cell.task, workers=1, parts=path.with_suffix(".parts"))
         about = {"task": cell.task_name, "shapes": asdict(shapes)}
         save_demonstrations(Demonstrations(made.arrays, made.episode_ends, {**made.meta, **about}), path)
@@ -243,7 +251,7 @@ def robomimics(asked: Asked, demos: Demonstrations) -> tuple[Policy, float]:
     "robomimic's policy, and the seconds that its training took."
     data = SCRATCH / f"{asked.task}-{asked.demos}.hdf5"
     if not data.exists():
-        write_hdf5(data, demos, asked.task.rsplit("_", 1)[0])
+        write_hdf5(data, demos, scene_of(asked.task))
     options = dict(steps=asked.steps, seed=asked.seed)
     training, acting = changes_of(asked.settings), changes_of(asked.acting)
     config = robomimic_config(asked.cell, data, **options, changes=training)
@@ -288,7 +296,7 @@ def scored(asked: Asked, demos: Demonstrations) -> dict:
     own, cell = asked.trainer == "dpag", asked.cell
     protocol = Protocol(cell.task.max_steps, cell.policy.n_obs_steps if own else 1, asked.seed)
     first = load("laptop-scripted").sampling.first_seed
-    make_env = partial(WatchedEnv, asked.task.rsplit("_", 1)[0])
+    make_env = partial(WatchedEnv, scene_of(asked.task))
     states, at_once = range(first, first + asked.episodes), cell.evaluate.at_once if own else 1
     rows, _ = rollout(policy, make_env, states, protocol, at_once=at_once)
     low, high = clopper_pearson(int(rows.success.sum()), len(rows))
@@ -322,9 +330,7 @@ def parse(argv=None) -> Asked:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("trainer", choices=("robomimic", "dpag", "demonstrations"))
-    parser.add_argument(
-        "task", choices=[f"{s}_{w}" for s, v in SCENES.items() if v.n_arms == 1 for w in ("ph", "mh")]
-    )
+    parser.add_argument("task", choices=[t for t in TASKS.names() if scene_of(t) in ONE_ARM])
     parser.add_argument("--demos", type=int, default=90)
     parser.add_argument("--steps", type=int, default=3000, help=f"of training, a multiple of {EPOCH}")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
