@@ -21,6 +21,8 @@ from dpag.methods.ibc import IBCConfig, search
 from dpag.methods.lstm_gmm import last_steps, robomimic_algo
 from dpag.methods.toy import TOY, learn, toy_policy, two_ways, walk
 from dpag.policy import METHODS, build_policy, load_policy, save_policy
+from dpag.settings import load
+from dpag.stats import clopper_pearson
 from dpag.tasks.base import joined
 
 KINDS = ["lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow"]
@@ -433,6 +435,21 @@ def test_what_the_control_measures_and_how_it_is_asked(control, tmp_path):
         control.add_row({**row, **change}, tmp_path / "t.csv")
     table = pd.read_csv(tmp_path / "t.csv")
     assert table[["seed", "success"]].values.tolist() == [[0, 0.5], [1, 0.25]]
+
+
+def test_the_controls_committed_rows_carry_what_is_said():
+    "Their intervals are exact, and LSTM-GMM as Can has it is not below robomimic's own."
+    rows = pd.read_csv(root() / "results/robomimic_control.csv", keep_default_na=False)
+    scored = rows[rows.trainer != "demonstrations"].astype({"success": float, "low": float, "high": float})
+    for r in scored.itertuples():
+        want = clopper_pearson(round(r.success * r.episodes), r.episodes)
+        assert (r.low, r.high) == pytest.approx(want, rel=1e-3, abs=1e-9)
+    least = load("laptop-scripted").cell("can_ph", "lstm_gmm").method.min_std
+    said = {"dpag": f"min_std={least}", "robomimic": f"algo.gmm.min_std={least}"}
+    on_can = scored[(scored.task == "can_ph") & (scored.acting == "")].set_index(["trainer", "settings"])
+    ours, theirs = (on_can.loc[pair] for pair in said.items())
+    assert (ours.steps, ours.demos, ours.data_hash) == (theirs.steps, theirs.demos, theirs.data_hash)
+    assert ours.high >= theirs.low and ours.success >= theirs.success
 
 
 # Settings, titles and the registry.

@@ -48,6 +48,8 @@ from dpag.train import fit
 SCRATCH = root() / ".dvc/tmp/robomimic_control"
 OUT = root() / "results/robomimic_control.csv"
 KEY = ["task", "trainer", "settings", "acting", "demos", "seed", "steps", "episodes"]
+MEASURED = ["success", "low", "high", "idle", "closings"]
+COLUMNS = [*KEY, *MEASURED, "train_seconds", "data_hash", "commit", "device"]
 STILL = 0.001  # m per step: a hand that moves less is idle
 EPOCH = 100  # steps; robomimic's own
 
@@ -315,13 +317,13 @@ def demonstrated(demos: Demonstrations) -> dict:
 
 def add_row(row: dict, path: Path = OUT):
     "Write a row to the table, in the place of one that was asked for the same."
-    frame = pd.DataFrame([row])
+    frame = pd.DataFrame([row], columns=COLUMNS)
     if path.exists():
         old = pd.read_csv(path, keep_default_na=False, dtype=str)
         same = (old[KEY] == frame[KEY].astype(str).iloc[0]).all(axis=1)
         frame = pd.concat([old[~same], frame])
     with atomic(path) as tmp:
-        frame.sort_values(KEY, key=lambda c: c.astype(str)).to_csv(tmp, index=False)
+        frame.sort_values(KEY, key=lambda c: c.astype(str)).to_csv(tmp, index=False, columns=COLUMNS)
 
 
 def parse(argv=None) -> Asked:
