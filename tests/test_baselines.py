@@ -1,21 +1,30 @@
 """The five baselines: their losses against the formulas, what they can and cannot hold, checkpoints."""
 
 import copy
+import importlib
 import math
 import subprocess
 import sys
 
+import h5py
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from dpag.config import generator
+from dpag.files import root
 from dpag.methods.ada_flow import AdaFlowConfig, follow, step_size
 from dpag.methods.bet import action_centres, focal_loss, nearest
 from dpag.methods.flow_policy import FlowPolicyConfig, consistency_loss, segment_end
 from dpag.methods.ibc import IBCConfig, dropped, search
-from dpag.methods.lstm_gmm import robomimic_algo
+from dpag.methods.lstm_gmm import last_steps, robomimic_algo
 from dpag.methods.toy import TOY, learn, toy_policy, two_ways, walk
 from dpag.policy import METHODS, build_policy, load_policy, save_policy
+from dpag.settings import load
+from dpag.stats import clopper_pearson
+from dpag.tasks.base import joined
 
 KINDS = ["lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow"]
 SMALL = {
@@ -379,6 +388,176 @@ def test_training_is_resumed_bit_identically(methods, tmp_path, kind):
     assert (tmp_path / "killed/resume.safetensors").exists()
     run("killed")
     assert torch.equal(*results)
+
+
+# LSTM-GMM beside robomimic's own.
+
+
+def test_lstm_gmms_whole_context_is_the_last_step_of_the_sequence(made):
+    "To the bit: a Gaussian by its weight, then its deviation, both from the generator."
+    policy, batch, _ = made["lstm_gmm"]
+    policy.eval()
+    mixture = policy.actor.forward_train({"latent": policy.encode(batch["obs"])[0]})
+    g, rows = generator("a"), torch.arange(8)
+    mode = torch.multinomial(mixture.mixture_distribution.probs[:, -1], 1, generator=g)[:, 0]
+    gaussians = mixture.component_distribution.base_dist
+    mean, std = gaussians.loc[:, -1][rows, mode], gaussians.scale[:, -1][rows, mode]
+    drawn = mean + std * torch.randn(mean.shape, generator=g)
+    want = policy.executed(drawn[:, None].expand(-1, policy.horizon, -1), batch["obs"])
+    assert torch.equal(policy.act(batch["obs"], generator("a")), want)
+
+
+def test_reading_n_observations_is_robomimics_nth_act_after_a_start(made):
+    policy, batch, _ = made["lstm_gmm"]
+    policy.eval()
+    z = policy.encode(batch["obs"])[0]
+    for n in (1, 4, policy.horizon):
+        state = policy.actor.get_rnn_init_state(8, "cpu")
+        for t in range(policy.horizon - n, policy.horizon):
+            theirs, state = policy.actor.forward_train_step({"latent": z[:, t]}, rnn_state=state)
+        ours = policy.actor.forward_train({"latent": last_steps(z, torch.full((8,), n))})
+        torch.testing.assert_close(
+            ours.component_distribution.base_dist.loc[:, n - 1], theirs.component_distribution.base_dist.loc
+        )
+        torch.testing.assert_close(
+            ours.mixture_distribution.probs[:, n - 1], theirs.mixture_distribution.probs
+        )
+
+
+def test_a_drawn_context_forgets_what_is_before_it(made):
+    "Any number of observations is read, one as often as ten; the older ones change nothing."
+    policy, batch, _ = made["lstm_gmm"]
+    policy.eval()
+    try:
+        policy.act_as({"context": "drawn"})
+        n = policy.context(4000, generator("n"))
+        assert torch.equal(n.unique(), torch.arange(1, policy.horizon + 1))
+        assert (n.bincount()[1:] / 4000 - 1 / policy.horizon).abs().max() < 0.02
+        read = policy.context(8, generator("a"))
+        assert read.min() < read.max()
+        old = torch.arange(policy.horizon) < policy.horizon - read[:, None]
+        others = {k: torch.where(old[..., None], v + 0.7, v) for k, v in batch["obs"].items()}
+        first = policy.act(batch["obs"], generator("a"))
+        assert torch.equal(policy.act(others, generator("a")), first)
+    finally:
+        policy.act_as({"context": "whole"})
+    assert not torch.equal(policy.act(others, generator("a")), policy.act(batch["obs"], generator("a")))
+
+
+# tools/robomimic_control.py: robomimic's own trainer on our demonstrations.
+
+
+@pytest.fixture(scope="module")
+def control():
+    pytest.importorskip("robosuite")
+    sys.path.append(str(root() / "tools"))
+    return importlib.import_module("robomimic_control")
+
+
+@pytest.fixture(scope="module")
+def file_of_robomimic(control, tmp_path_factory):
+    "Episodes of Can that nobody could drive, as robomimic's file, and as they are here."
+    rng, episodes = np.random.default_rng(0), []
+    for length in (30, 45):
+        turns = Rotation.from_rotvec(0.2 * rng.normal(size=(length, 3))).as_matrix() @ np.diag([1, -1, -1])
+        pos, delta = rng.normal(size=(length, 3)), rng.uniform(-1, 1, (length, 7))
+        hold = np.concatenate([pos, turns[:, :2].reshape(length, 6), np.zeros((length, 1))], 1)
+        action = control.to_absolute(delta, pos, turns, turns[0])
+        others = {"object": 14, "gripper_qpos": 2, "sim_state": 71}
+        rest = {k: rng.normal(size=(length, n)) for k, n in others.items()}
+        episodes.append({**rest, "hold": hold, "action": action, "action_delta": delta})
+    demos = joined(episodes, {})
+    path = tmp_path_factory.mktemp("control") / "can.hdf5"
+    control.write_hdf5(path, demos, "can")
+    return path, demos
+
+
+def test_robomimic_is_shown_what_its_file_has(control, file_of_robomimic):
+    path, demos = file_of_robomimic
+    seen = control.robomimic_observation(demos.episode(1))
+    with h5py.File(path) as f:
+        stored = {k: v[:] for k, v in f["data/demo_1/obs"].items()}
+    assert seen.keys() == stored.keys()
+    for k, v in stored.items():
+        np.testing.assert_allclose(seen[k], v, atol=1e-12)
+
+
+def test_robomimics_delta_actions_are_absolute_ones_here(control, file_of_robomimic):
+    episode, starts = file_of_robomimic[1].episode(0), []
+
+    class Fixed:
+        "An algorithm of robomimic's that puts out what was demonstrated."
+
+        def set_eval(self):
+            starts.append("eval")
+
+        def reset(self):
+            starts.append("reset")
+
+        def get_action(self, obs_dict):
+            assert obs_dict["object"].shape == (30, 14) and obs_dict["object"].dtype == torch.float32
+            return torch.as_tensor(episode["action_delta"]).float()
+
+    policy = control.RobomimicPolicy(Fixed())
+    policy.reset_counts()
+    assert starts == ["eval", "reset"]
+    obs = {k: torch.as_tensor(episode[k])[:, None] for k in ("object", "gripper_qpos", "hold")}
+    actions = policy.act(obs, generator("a"))
+    assert actions.shape == (30, 1, 10)
+    np.testing.assert_allclose(actions[:, 0], episode["action"], atol=1e-6)
+
+
+def test_robomimics_own_trainer_learns_from_our_file(control, file_of_robomimic):
+    path, demos = file_of_robomimic
+    asked = control.parse(["robomimic", "can_ph", "--steps", "100"])
+    changes = control.changes_of("algo.rnn.hidden_dim=8 train.batch_size=4 algo.gmm.min_std=0.01")
+    config = control.robomimic_config(asked.cell, path, steps=100, seed=0, changes=changes)
+    rnn, gmm = config.algo.rnn, config.algo.gmm
+    published = (rnn.horizon, rnn.num_layers, gmm.num_modes, gmm.low_noise_eval, config.train.seq_length)
+    assert published == (10, 2, 5, True, 10) and config.algo.actor_layer_dims == ()
+    assert (rnn.hidden_dim, gmm.min_std) == (8, 0.01)
+    algo, obs_keys = control.robomimic_algo(config)
+    before = [p.detach().clone() for p in algo.nets.parameters()]
+    assert math.isfinite(control.train_robomimic(algo, obs_keys, config))
+    assert not any(torch.equal(a, b) for a, b in zip(before, algo.nets.parameters()))
+    policy = control.RobomimicPolicy(algo)
+    obs = {k: torch.as_tensor(demos.arrays[k])[:1, None] for k in ("object", "gripper_qpos", "hold")}
+    acts = []
+    for _ in range(2):  # all noise comes from the generator, all memory ends with the episode
+        policy.reset_counts()
+        g = generator("a")
+        acts.append(torch.cat([policy.act(obs, g) for _ in range(12)]))
+    assert torch.equal(*acts) and not torch.equal(acts[0][0], acts[0][1])
+
+
+def test_what_the_control_measures_and_how_it_is_asked(control, tmp_path):
+    assert control.closings(np.array([-1, -1, 1, 1, -1, 1])) == 2
+    assert control.idle(np.array([[0, 0, 0], [0, 0, 0.0005], [0, 0.1, 0], [0, 0.2, 0.0]])) == 1 / 3
+    assert control.changes_of("a.b=1e-4 a.c=x d=2") == {"a": {"b": 1e-4, "c": "x"}, "d": 2}
+    with pytest.raises(SystemExit):
+        control.parse(["robomimic", "can_mh", "--steps", "150"])
+    with pytest.raises(SystemExit):
+        control.parse(["robomimic", "transport_ph"])  # two arms
+    row = dict.fromkeys(control.KEY, "") | {"task": "can_ph", "seed": 0, "success": 0.25}
+    for change in ({}, {"seed": 1}, {"success": 0.5}):
+        control.add_row({**row, **change}, tmp_path / "t.csv")
+    table = pd.read_csv(tmp_path / "t.csv")
+    assert table[["seed", "success"]].values.tolist() == [[0, 0.5], [1, 0.25]]
+
+
+def test_the_controls_committed_rows_carry_what_is_said():
+    "Their intervals are exact, and LSTM-GMM as Can has it is not below robomimic's own."
+    rows = pd.read_csv(root() / "results/robomimic_control.csv", keep_default_na=False)
+    scored = rows[rows.trainer != "demonstrations"].astype({"success": float, "low": float, "high": float})
+    for r in scored.itertuples():
+        want = clopper_pearson(round(r.success * r.episodes), r.episodes)
+        assert (r.low, r.high) == pytest.approx(want, rel=1e-3, abs=1e-9)
+    least = load("laptop-scripted").cell("can_ph", "lstm_gmm").method.min_std
+    said = {"dpag": f"min_std={least}", "robomimic": f"algo.gmm.min_std={least}"}
+    on_can = scored[(scored.task == "can_ph") & (scored.acting == "")].set_index(["trainer", "settings"])
+    ours, theirs = (on_can.loc[pair] for pair in said.items())
+    assert (ours.steps, ours.demos, ours.data_hash) == (theirs.steps, theirs.demos, theirs.data_hash)
+    assert ours.high >= theirs.low and ours.success >= theirs.success
 
 
 # Settings, titles and the registry.

@@ -247,7 +247,7 @@ def test_a_tasks_own_settings_are_merged_and_stay_its_own():
 
 def test_a_method_is_laid_over_the_task_and_the_tasks_word_on_it_over_both():
     laptop = s.load("laptop-scripted")
-    assert laptop.cell("can_ph", "lstm_gmm").method.min_std == 0.02
+    assert laptop.cell("can_ph", "lstm_gmm").method.min_std == 0.1
     assert laptop.cell("pusht_kp", "lstm_gmm").method.min_std == METHODS["lstm_gmm"].config().min_std == 1e-4
     bet, on_images = laptop.cell("pusht_kp", "bet"), laptop.cell("pusht_img", "bet")
     assert (bet.policy.horizon, bet.policy.n_obs_steps, bet.train.weight_decay) == (3, 3, 0.1)

@@ -183,6 +183,17 @@ class Rows:
         "The rows of a file of a study."
         return pd.read_csv(self.results.study(run, name) / filename)
 
+    def control(self, task, trainer, settings, column):
+        "A number of robomimic_control.csv, of the policies that act as they were trained."
+        rows = pd.read_csv(self.results.folder / "robomimic_control.csv", keep_default_na=False)
+        same = (
+            (rows.task == task)
+            & (rows.trainer == trainer)
+            & (rows.settings == settings)
+            & (rows.acting == "")
+        )
+        return float(rows[same][column].item())
+
     def sampled(self, method, way=None, filename="sampling.csv", column="score", **where) -> Value:
         "A number of the study of samplers; without a way of sampling the one that has `where`."
         rows = self.study("laptop-scripted", "sampling_pusht_kp", filename)

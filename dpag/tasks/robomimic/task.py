@@ -157,7 +157,7 @@ _proficient = partial(
     sources=("scripted", "human"),
     policy=POLICY,
     evaluate={"at_once": 10, "n_films": 1},
-    methods={"lstm_gmm": {"min_std": 0.02}},
+    methods={"lstm_gmm": {"min_std": 0.1}},
 )
 _mixed = partial(_proficient, n_demos=300, crew=["better", "okay", "worse"])
 
