@@ -393,6 +393,7 @@ def test_training_is_resumed_bit_identically(methods, tmp_path, kind):
 # LSTM-GMM beside robomimic's own.
 
 
+@torch.no_grad()
 def test_lstm_gmms_whole_context_is_the_last_step_of_the_sequence(made):
     "To the bit: a Gaussian by its weight, then its deviation, both from the generator."
     policy, batch, _ = made["lstm_gmm"]
