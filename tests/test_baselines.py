@@ -29,8 +29,8 @@ from dpag.tasks.base import joined
 KINDS = ["lstm_gmm", "ibc", "bet", "flow_policy", "ada_flow"]
 SMALL = {
     "lstm_gmm": {"hidden": 32},
-    "ibc": {"width": 32, "n_negatives": 32, "n_candidates": 64},
-    "bet": {"n_bins": 6, "layers": 1, "width": 16},
+    "ibc": {"width": 32, "n_negatives": 32, "n_candidates": 64, "dropout": 0.1},
+    "bet": {"n_bins": 6, "layers": 1, "width": 16, "dropout": 0.1},
     "flow_policy": {},
     "ada_flow": {"head": [16]},
 }

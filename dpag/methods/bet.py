@@ -32,10 +32,9 @@ class BETConfig(MethodConfig):
         "batch_size": 64,
         "lr": 0.001,
         "weight_decay": 0.1,
-        "betas": [0.9, 0.95],
         "grad_clip": 1.0,
     }
-    "Laid over the training's settings. Decay, β and clipping are the published ones."
+    "Laid over the training's settings. Decay and clipping are the published ones."
     n_bins: Width = 24
     "K: bins of actions."
     layers: Annotated[int, Field(gt=0, le=64)] = 4
@@ -44,7 +43,7 @@ class BETConfig(MethodConfig):
     "Attention heads of each layer."
     width: Width = 72
     "Width of the transformer; divisible by `heads`."
-    dropout: Annotated[float, Field(ge=0, le=0.9)] = 0.1
+    dropout: Annotated[float, Field(ge=0, le=0.9)] = 0.0
     "Share of tokens' entries, attention weights and outputs that training leaves out (published: 0.1)."
     focal_gamma: Annotated[float, Field(ge=0, le=100)] = 2.0
     "γ of the focal loss; 0 is cross entropy."

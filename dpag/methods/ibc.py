@@ -32,7 +32,7 @@ class IBCConfig(MethodConfig):
     "Units of each hidden layer of the energy."
     depth: Annotated[int, Field(gt=0, le=64)] = 4
     "Hidden layers of the energy."
-    dropout: Annotated[float, Field(ge=0, le=0.9)] = 0.1
+    dropout: Annotated[float, Field(ge=0, le=0.9)] = 0.0
     "Share of each hidden layer's units that training leaves out (Diffusion Policy: 0.1)."
     n_negatives: Width = 64
     "N: uniform actions that each demonstrated one is compared to."
