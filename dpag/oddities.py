@@ -10,11 +10,13 @@ __all__ = ['Arrays', 'Check', 'CHECKS', 'is_image', 'place', 'within', 'keys_tab
 # %% ../nbs/01_oddities.ipynb #91bf23be
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/01_oddities.ipynb #b40b32f8
 Arrays = dict[str, np.ndarray]
@@ -199,8 +201,10 @@ def summary(arrays: Arrays, ends: np.ndarray, meta: dict | None = None) -> str:
     return "\n".join([*lines, *(["Odd:"] if odd else ["Nothing odd."]), *(f"- {o}" for o in odd)])
 
 # %% ../nbs/01_oddities.ipynb #36eea053
-def plot_demonstrations(arrays: Arrays, ends: np.ndarray, most: int = 8) -> Figure:
+def plot_demonstrations(arrays: Arrays, ends: np.ndarray, most: int = 8) -> "Figure":
     "Lengths, actions, and the first `most` keys along the episode of median length."
+    import matplotlib.pyplot as plt  # here: who reads data need not draw them
+
     lengths = np.diff(ends, prepend=0)
     episode = int(np.argsort(lengths)[len(lengths) // 2])
     start, end = int(ends[episode] - lengths[episode]), int(ends[episode])

@@ -60,7 +60,8 @@ DVC = [sys.executable, "-m", "dpag.warm", "dvc"]  # DVC's command
 def environment() -> dict[str, str]:
     "For DVC's processes: one thread each, nothing reported, and UTF-8 whatever the locale is."
     own = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "PYTHONUTF8": "1"}
-    return {**os.environ, **own}
+    # pyarrow, which pandas imports where it is installed, starts a thread; forked processes must have none.
+    return {**os.environ, **own, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 
 def stage_graph() -> dict[str, set[str]]:
