@@ -40,7 +40,7 @@ $(READY): constraints.txt pyproject.toml
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(PIP) uv
-	$(UV) -e '.[sims,pipeline,lerobot,docs,dev]' || $(PIP) -e '.[sims,pipeline,lerobot,docs,dev]'
+	$(UV) -e '.[sims,pipeline,lerobot,onnx,docs,dev]' || $(PIP) -e '.[sims,pipeline,lerobot,onnx,docs,dev]'
 	$(UV) --no-deps robomimic robosuite || $(PIP) --no-deps robomimic robosuite
 	@$(UV) ur_rtde 2>/dev/null || $(PIP) ur_rtde 2>/dev/null || echo "ur_rtde has no package for this machine: everything but a real arm works"
 	@rm -f $(VENV)/.ready-*; touch $@
