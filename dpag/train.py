@@ -34,6 +34,7 @@ from . import config
 from .config import Count, SettingsError, Strict, generator, reseed
 from .files import DamagedError, arrays_checksum, atomic, set_aside, sweep, write_text
 from .policy import MethodConfig, PolicyConfig
+from .streaming import Ahead
 
 # %% ../nbs/08_train.ipynb #5ec93936
 class EMAConfig(Strict):
@@ -196,7 +197,7 @@ class Run:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.values), torch.zeros_like(self.values)
         self.device = self.values.device
         self.done = torch.zeros((), device=self.device)
-        self.batches, self.noise = generator(device=self.device), generator(device=self.device)
+        self.noise = generator(device=self.device)
         self.unseen: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=LOOK_EVERY)
 
     def state(self) -> dict[str, Tensor]:
@@ -271,8 +272,8 @@ def load_state(path, run: Run, key: str) -> tuple[int, str]:
 
 # %% ../nbs/08_train.ipynb #72df3d30
 def draw_batch(run: Run, dataset, settings: TrainConfig, *, seed: int, step: int) -> dict:
-    "The batch of a step."
-    return dataset.batch(settings.batch_size, reseed(run.batches, "batch", seed, step))
+    "The batch of a step; threads may draw several at once."
+    return dataset.batch(settings.batch_size, generator("batch", seed, step, device=run.device))
 
 
 @torch.no_grad()
@@ -300,9 +301,14 @@ def update(run: Run, settings: TrainConfig, step: int) -> Tensor:
     return norm
 
 
-def train_step(run: Run, dataset, settings: TrainConfig, *, seed: int, step: int) -> dict[str, Tensor]:
-    "Do step `step` (from 1); the terms of the loss. They stay on the device, and in `run.unseen`."
-    batch, kind = draw_batch(run, dataset, settings, seed=seed, step=step), run.device.type
+def train_step(
+    run: Run, dataset, settings: TrainConfig, *, seed: int, step: int, batch: dict | None = None
+) -> dict[str, Tensor]:
+    """Do step `step` (from 1); the terms of the loss. They stay on the device, and in `run.unseen`.
+
+    `batch` is the step's batch, where it has been drawn already."""
+    kind = run.device.type
+    batch = draw_batch(run, dataset, settings, seed=seed, step=step) if batch is None else batch
     half = settings.precision == "bfloat16" or (settings.precision == "auto" and kind == "cuda")
     with torch.autocast(kind, dtype=torch.bfloat16, enabled=half):
         terms = run.model.loss(batch, reseed(run.noise, "noise", seed, step))
@@ -426,12 +432,17 @@ def fit(
     first, past = load_state(resume, run, key) if resume else (0, "")
     log = Log(resume and resume.with_name("log.csv"), past)
     shown = tqdm(total=settings.steps, initial=first, desc=name, mininterval=2, unit="step")
-    with contextlib.closing(run.flat), shown as bar:
+    draw = Ahead(
+        lambda step: draw_batch(run, dataset, settings, seed=seed, step=step),
+        n=getattr(dataset, "ahead", 0),
+        last=settings.steps,
+    )
+    with contextlib.closing(run.flat), contextlib.closing(draw), shown as bar:
         for step in range(first + 1, settings.steps + 1):
             last = step == settings.steps
             row, save = (last or step % n == 0 for n in (settings.log_every, settings.checkpoint_every))
             model.diagnosing = row  # type: ignore[assignment]  # what is costly and only for the log
-            terms = train_step(run, dataset, settings, seed=seed, step=step)
+            terms = train_step(run, dataset, settings, seed=seed, step=step, batch=draw(step))
             bar.update()
             if row or save or step in snapshots or step % LOOK_EVERY == 0:
                 check_finite(run, dataset, settings, seed=seed)

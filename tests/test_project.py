@@ -28,6 +28,7 @@ FLOORS = [
         "paths",
         "provenance",
         "oddities",
+        "streaming",
         "data",
         "lerobot",
         "encoder",
