@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'READERS', 'READ_AHEAD', 'STEADY', 'Shapes', 'whole_ends', 'Demonstrations', 'save_demonstrations',
            'check_numbers', 'fitted', 'Reader', 'other_reader', 'load_demonstrations', 'window_indices', 'steps_at',
-           'on_device', 'check_images', 'WindowDataset', 'Standardizer', 'fit_standardizer', 'main']
+           'batches_ahead', 'on_device', 'check_images', 'WindowDataset', 'Standardizer', 'fit_standardizer', 'main']
 
 # %% ../nbs/01_data.ipynb #097c9705
 import argparse
@@ -315,6 +315,12 @@ def steps_at(array: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 READ_AHEAD = 4  # batches, each by a thread of its own
 
 
+def batches_ahead(dataset) -> int:
+    "So many batches are worth drawing ahead: some where images are read, and none where all is in memory."
+    obs = getattr(dataset, "obs", {})
+    return READ_AHEAD if any(isinstance(a, TensorOnDisk) for a in obs.values()) else 0
+
+
 def on_device(a, device) -> Any:
     "An array `(T, …)` as a tensor on `device`; an ArrayOnDisk as one that reads."
     return TensorOnDisk(a, device) if isinstance(a, ArrayOnDisk) else torch.as_tensor(a, device=device)
@@ -353,14 +359,12 @@ class WindowDataset:
         Demonstrations({**obs, "action": action}, episode_ends)  # checks the lengths
         idx, owner = window_indices(episode_ends, **self.steps)
         self.obs = {k: on_device(v, device) for k, v in obs.items()}
-        self.ahead = READ_AHEAD if any(isinstance(v, TensorOnDisk) for v in self.obs.values()) else 0
         self.action = torch.as_tensor(action, dtype=torch.float32, device=device)
         self.idx, self.owner = torch.as_tensor(idx, device=device), torch.as_tensor(owner, device=device)
         self.n_obs_steps, self.device, self.data_hash = n_obs_steps, device, data_hash
         check_images(self.obs)
-        self.shapes = Shapes(
-            {k: tuple(v.shape[1:]) for k, v in self.obs.items()}, action.shape[1], action_ref
-        )
+        one_step = {k: tuple(v.shape[1:]) for k, v in self.obs.items()}
+        self.shapes = Shapes(one_step, self.action.shape[1], action_ref)
 
     @classmethod
     def of(

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from . import config
 from .config import Count, SettingsError, Strict, generator, reseed
+from .data import batches_ahead
 from .files import DamagedError, arrays_checksum, atomic, set_aside, sweep, write_text
 from .policy import MethodConfig, PolicyConfig
 from .streaming import Ahead
@@ -434,7 +435,7 @@ def fit(
     shown = tqdm(total=settings.steps, initial=first, desc=name, mininterval=2, unit="step")
     draw = Ahead(
         lambda step: draw_batch(run, dataset, settings, seed=seed, step=step),
-        n=getattr(dataset, "ahead", 0),
+        n=batches_ahead(dataset),
         last=settings.steps,
     )
     with contextlib.closing(run.flat), contextlib.closing(draw), shown as bar:

@@ -11,7 +11,7 @@ import torch
 import zarr
 
 from dpag.config import generator, seed_everything
-from dpag.data import Demonstrations, WindowDataset, load_demonstrations, save_demonstrations
+from dpag.data import Demonstrations, WindowDataset, batches_ahead, load_demonstrations, save_demonstrations
 from dpag.files import DamagedError
 from dpag.methods.dp import DPConfig
 from dpag.policy import build_policy
@@ -77,7 +77,7 @@ def test_a_training_from_the_disk_is_the_same_to_the_bit(tmp_path):
     states = []
     for memory in (None, 500_000):
         dataset = WindowDataset.of(load_demonstrations(tmp_path / "z", memory=memory), **WINDOW)
-        assert bool(dataset.ahead) == (memory is not None)
+        assert bool(batches_ahead(dataset)) == (memory is not None)
         seed_everything(0)
         policy = build_policy(DPConfig(), dataset=dataset)
         log = fit(policy, dataset, settings, folder=tmp_path / str(memory))
