@@ -23,7 +23,7 @@ LEROBOT := .lerobot-venv
 
 .PHONY: help repro test lint lab docs install bench lerobot hashes audit clean
 help:
-	@echo "make repro [PROFILE=smoke|laptop|workstation|paper|paper-core] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name]"
+	@echo "make repro [PROFILE=smoke|laptop|workstation|interplay|paper|paper-core] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name]"
 	@echo "               regenerate the tables, into results/runs"
 	@echo "make test      formatting, types, export check, notebooks, pytest"
 	@echo "make lint      formatting and types alone"
