@@ -21,8 +21,9 @@ pytest.importorskip("av")
 
 from dpag.config import generator, layered
 from dpag.data import WindowDataset
-from dpag.files import root
+from dpag.files import read_text, root
 from dpag.lerobot import read_lerobot
+from dpag.methods.dp import DPConfig
 from dpag.methods.dp_ag import DPAGConfig
 from dpag.policy import Actor, PolicyConfig, build_policy, load_policy, save_policy
 from dpag.train import TrainConfig, fit
@@ -178,6 +179,7 @@ def ours(peer):
     policy = build_policy(DPAGConfig(), settings, dataset=dataset)
     fit(policy, dataset, TrainConfig(steps=20, batch_size=8, lr=0.01, warmup_steps=2))
     save_policy(peer.folder / "ours", policy)
+    save_policy(peer.folder / "dp", build_policy(DPConfig(), settings, dataset=dataset))
     episode = {k: v[:5] for k, v in obs.items()}
     np.savez(peer.folder / "episode.npz", **{NAMES[k]: v for k, v in episode.items()})
     given = ("there", "episode.npz")
@@ -186,6 +188,7 @@ def ours(peer):
         ["act", *given, "act.npz"],
         ["batch", *given, "batch.npz"],
         ["again", "there", "there_again"],
+        ["refusals", "said.json", "dp"],
     )
     return load_policy(peer.folder / "ours")[0], episode
 
@@ -213,7 +216,7 @@ def test_it_acts_every_n_action_steps_and_after_a_reset(ours, peer):
         True,
         False,
         True,
-    ]  # two actions each, and the last one of five is dropped
+    ]  # a reset drops the sixth action
 
 
 @pytest.mark.timeout(900)
@@ -224,3 +227,25 @@ def test_several_robots_act_at_once(ours, peer):
     with np.load(peer.folder / "batch.npz") as theirs:
         np.testing.assert_array_equal(theirs["actions"], expected)
         np.testing.assert_array_equal(theirs["chunk"], expected)
+
+
+SAID = {
+    "horizon": ["policy: horizon = 4 must be at least n_action_steps + n_obs_steps - 1 = 9"],
+    "settings": ["settings.horizon = 4: allowed are action_frame", "mpl"],
+    "method": ["method.guidance.gamma = -1.0"],
+    "train": ["train.steps = 9: allowed are lr, weight_decay", "train.lr = 'fast'"],
+    "keys": ["keys has 'observation.image': the observations are observation.state"],
+    "action_ref": ["action_ref = 'observation.position': allowed are observation.state"],
+    "input_features": ["input_features and the output feature `action` are needed"],
+    "normalization_mapping": ["normalization_mapping: allowed is IDENTITY"],
+    "checkpoint": ["method = 'dp': this package has dp_ag only"],
+}
+
+
+@pytest.mark.timeout(900)
+def test_what_is_wrong_is_refused_by_name(ours, peer):
+    said = json.loads(read_text(peer.folder / "said.json"))
+    assert {k: len(v) for k, v in said.items()} == {k: len(v) for k, v in SAID.items()}
+    for name, expected in SAID.items():
+        for found, text in zip(said[name], expected):
+            assert text in found

@@ -17,6 +17,7 @@ from peer import write  # isort: skip (it mends torchvision)
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.train import TrainPipelineConfig
+from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.datasets.factory import make_dataset
 from lerobot.datasets.sampler import EpisodeAwareSampler
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
@@ -24,7 +25,7 @@ from lerobot.scripts import lerobot_train
 from lerobot.utils.control_utils import predict_action
 from lerobot.utils.import_utils import register_third_party_plugins
 
-from dpag.config import generator
+from dpag.config import SettingsError, generator
 from dpag.policy import save_policy
 
 
@@ -97,6 +98,39 @@ def back(folder: str, out: str):
     save_policy(out, policy.averaged, {"updates": int(policy.n_updates)})
 
 
+def refusals(out: str, other_method: str):
+    "What is said about settings that are wrong, by what is wrong; and about a checkpoint of another method."
+    register_third_party_plugins()
+    features = {
+        "input_features": {"observation.state": PolicyFeature(type=FeatureType.STATE, shape=(2,))},
+        "output_features": {"action": PolicyFeature(type=FeatureType.ACTION, shape=(2,))},
+    }
+    config, said = PreTrainedConfig.get_choice_class("dp_ag"), {}
+    policy = get_policy_class("dp_ag")
+    for wrong in (
+        {"horizon": 4},
+        {"settings": {"horizon": 4}},
+        {"settings": {"net": {"kind": "mpl"}}},
+        {"method": {"guidance": {"gamma": -1.0}}},
+        {"train": {"steps": 9}},
+        {"train": {"lr": "fast"}},
+        {"keys": {"observation.image": "image"}},
+        {"action_ref": "observation.position"},
+        {"input_features": {}},
+        {"normalization_mapping": {"STATE": NormalizationMode.MEAN_STD}},
+    ):
+        try:
+            policy(config(device="cpu", **{**features, **wrong}))
+        except SettingsError as e:
+            said[next(iter(wrong))] = said.get(next(iter(wrong)), []) + [str(e)]
+    try:
+        policy.from_dpag(other_method)
+    except ValueError as e:
+        said["checkpoint"] = [str(e)]
+    with open(out, "w", encoding="utf-8") as f:
+        json.dump(said, f)
+
+
 def windows(root: str, folder: str, out: str):
     "Every window that lerobot-train draws for the policy in `folder`, as the policy sees it."
     policy = load(folder)
@@ -115,6 +149,6 @@ def windows(root: str, folder: str, out: str):
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    known = {f.__name__: f for f in (write, train, convert, act, batch, again, back, windows)}
+    known = {f.__name__: f for f in (write, train, convert, act, batch, again, back, refusals, windows)}
     for name, *arguments in json.loads(sys.argv[1]):
         known[name](*arguments)
