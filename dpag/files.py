@@ -111,7 +111,8 @@ def _old(path: Path) -> Path:
 def restore(path):
     """Undo or end a replacement of the folder `path` in whose middle a process was killed. Where nothing is
     to be done, this is one look."""
-    path, old = Path(path), _old(Path(path))
+    path = Path(os.path.abspath(path))  # `.` has no name
+    old = _old(path)
     if not os.path.lexists(old):
         return
     with suppress(FileNotFoundError):  # somebody else was faster

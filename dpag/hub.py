@@ -140,7 +140,7 @@ def fetched(name, revision: str | None = None) -> Path:
 
     Raises FileNotFoundError for what can be neither, ImportError without the extra `hub`, and what
     huggingface_hub raises."""
-    if Path(name).is_dir():
+    if str(name) and Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
         raise FileNotFoundError(f"no folder {name}, and no name of a repository, which is owner/name")
