@@ -77,7 +77,7 @@ def score_rows(scores: dict) -> list[tuple]:
 
 # %% ../nbs/00_hub.ipynb #1742acab
 LOAD = """```python
-from dpag.policy import ChunkPolicy
+from dpag import ChunkPolicy
 
 policy = ChunkPolicy.from_pretrained("FOLDER")  # or owner/name on the Hub
 ```"""

@@ -73,7 +73,7 @@ class DPAGPolicy(PreTrainedPolicy):
     def reset(self):
         "Forget the episode that was."
         self._seen = {k: deque(maxlen=self.config.n_obs_steps) for k in self.config.input_features}
-        self._planned: deque[Tensor] = deque()
+        self._action_queue: deque[Tensor] = deque()
 
     def _observations(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         "dpag's observations `(B, n_obs_steps, …)`: images are bytes, colours last."
@@ -123,11 +123,11 @@ class DPAGPolicy(PreTrainedPolicy):
 
     def select_action(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         "The action `(B, D)` for an observation `(B, …)`. Every `n_action_steps` steps the policy acts anew."
-        if self._planned:
+        if self._action_queue:
             self._seen = populate_queues(self._seen, batch)
         else:
-            self._planned.extend(self.predict_action_chunk(batch, generator).unbind(1))
-        return self._planned.popleft()
+            self._action_queue.extend(self.predict_action_chunk(batch, generator).unbind(1))
+        return self._action_queue.popleft()
 
 
 def config_of(source, names: dict[str, str], device: str) -> DPAGConfig:
