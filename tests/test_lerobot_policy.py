@@ -37,6 +37,8 @@ SETTINGS = {
     "diffusion": {"n_sample_steps": 4},
 }
 RESUMED = ["--resume=true", "--output_dir=out", "--steps=7"]
+DATASET = {"dataset.repo_id": "made/here", "dataset.root": "theirs", "dataset.video_backend": "pyav"}
+LOOP = {"batch_size": 6, "num_workers": 0, "save_freq": 3, "log_freq": 1}
 CAMERA = "observation.images.top"
 
 
@@ -63,26 +65,26 @@ def peer(tmp_path_factory):
     return run
 
 
-def arguments(steps: int, **others) -> list[str]:
-    given = {
-        "dataset.repo_id": "made/here",
-        "dataset.root": "theirs",
-        "dataset.video_backend": "pyav",
+def words(given: dict) -> list[str]:
+    return [f"--{k}={v}" for k, v in given.items()]
+
+
+TRAINED = words(
+    {
+        **DATASET,
+        **LOOP,
         "policy.type": "dp_ag",
         "policy.device": "cpu",
         "policy.push_to_hub": "false",
         "policy.settings": json.dumps(SETTINGS),
         "policy.train": json.dumps({"lr": 0.01, "warmup_steps": 2}),
-        "output_dir": "out",
-        "steps": steps,
-        "batch_size": 6,
-        "num_workers": 0,
-        "save_freq": 3,
-        "log_freq": 1,
         **{f"policy.{k}": v for k, v in STEPS.items()},
-        **others,
+        "output_dir": "out",
+        "steps": 6,
     }
-    return [f"--{k}={v}" for k, v in given.items()]
+)
+START = "out/checkpoints/000003/pretrained_model"
+FINE_TUNED = words({**DATASET, **LOOP, "policy.path": START, "output_dir": "fine", "steps": 2})
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +93,12 @@ def trained(peer):
     model = "out/checkpoints/last/pretrained_model"
     peer(
         ["write", "theirs", 1],
-        ["train", *arguments(6)],
+        ["train", *TRAINED],
         ["again", model, "again"],
         ["back", model, "back"],
         ["windows", "theirs", model, "windows.npz"],
-        ["train", "--config_path=out/checkpoints/000003/pretrained_model/train_config.json", *RESUMED],
+        ["train", f"--config_path={START}/train_config.json", *RESUMED],
+        ["train", *FINE_TUNED],
     )
     return peer.folder / model
 
@@ -120,6 +123,16 @@ def test_lerobot_train_trains_it_on_lerobots_dataset_with_video(trained):
 @pytest.mark.timeout(900)
 def test_an_interrupted_training_goes_on(trained):
     assert weights(trained, "000007")["n_updates"] == 7
+
+
+@pytest.mark.timeout(900)
+def test_a_policy_is_trained_further_with_the_scales_that_it_has(trained, peer):
+    first = weights(trained, "000003")
+    tuned = load_file(peer.folder / "fine/checkpoints/last/pretrained_model/model.safetensors")
+    assert tuned["n_updates"] == 5
+    scales = {k for k in tuned if "scale" in k or "reach" in k}
+    assert scales and all(torch.equal(first[k], tuned[k]) for k in scales)
+    assert any(not torch.equal(first[k], tuned[k]) for k in tuned.keys() - scales)
 
 
 @pytest.mark.timeout(900)

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from peer import write  # isort: skip (it mends torchvision)
 
@@ -81,7 +82,7 @@ def batch(folder: str, observations: str, out: str):
 
 
 def again(folder: str, out: str):
-    "Load, save, load."
+    "Load, save, load. A weight that is missing is noticed."
     first = load(folder)
     first.save_pretrained(out)
     second = load(out)
@@ -90,6 +91,14 @@ def again(folder: str, out: str):
     assert kept.keys() == first.state_dict().keys()
     for name, t in first.state_dict().items():
         assert torch.equal(t, kept[name]), name
+    del kept["policy.net.out.weight"]
+    save_file(kept, f"{out}/model.safetensors")
+    try:
+        load(out)
+    except RuntimeError as e:
+        assert "policy.net.out.weight" in str(e)
+    else:
+        raise AssertionError("a missing weight passed")
 
 
 def back(folder: str, out: str):
