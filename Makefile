@@ -31,7 +31,7 @@ help:
 	@echo "make docs      the site, into site/"
 	@echo "make install   the environment, and the plan that dvc repro reads"
 	@echo "make bench     time acting and training beside lerobot, into results/bench.md [BENCH_ARGS=...]"
-	@echo "make lerobot   test LeRobot datasets beside lerobot itself, 0.3.3 and 0.4.4"
+	@echo "make lerobot   test LeRobot datasets and the plug-in beside lerobot itself, 0.3.3 and 0.4.4"
 	@echo "make hashes    write requirements-hashed.txt anew: the same versions, each file with its SHA-256"
 	@echo "make audit     look those versions up in the public lists of known faults (needs a network)"
 	@echo "make clean     remove the virtual environments and the site (results stay)"
@@ -87,7 +87,7 @@ $(LEROBOT)/%: tools/lerobot-%.txt $(READY)
 	@touch $@
 
 lerobot: $(LEROBOT)/v21 $(LEROBOT)/v30
-	DPAG_LEROBOT_V21=$(LEROBOT)/v21/bin/python DPAG_LEROBOT_V30=$(LEROBOT)/v30/bin/python pytest tests/test_lerobot.py
+	DPAG_LEROBOT_V21=$(LEROBOT)/v21/bin/python DPAG_LEROBOT_V30=$(LEROBOT)/v30/bin/python pytest tests/test_lerobot.py tests/test_lerobot_policy.py
 
 # Not from a folder of wheels: the files of the public index are the ones that have these hashes.
 HASHES := env -u UV_FIND_LINKS $(BIN)/uv pip compile --quiet --system-certs --python-version 3.11.7 \

@@ -20,6 +20,7 @@ _NAMES = {
     "policy": (
         "METHODS",
         "Actor",
+        "ChunkPolicy",
         "PolicyConfig",
         "build_policy",
         "load_policy",
@@ -27,6 +28,7 @@ _NAMES = {
         "save_policy",
     ),
     "export": ("export_policy",),
+    "hub": ("write_card",),
     "rollouts": ("EvaluateConfig", "Protocol", "rollout"),
     "tasks.base": ("TASKS", "get_task", "register_task"),
     "train": ("TrainConfig", "fit"),

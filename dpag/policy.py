@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -30,7 +31,8 @@ from .config import Registry, Section, SettingsError, Strict, changed, explain, 
 from .data import Shapes, Standardizer, WindowDataset, fit_standardizer
 from .diffusion import Diffusion, DiffusionConfig
 from .encoder import FEATURES, EncoderConfig, ObservationEncoder, image_keys
-from .files import DamagedError, atomic_folder, check_seal, read_text, restore, seal, write_text
+from .files import CARD, DamagedError, atomic_folder, check_seal, read_text, restore, seal, write_text
+from .hub import CHECKPOINT, WEIGHTS, fetched, model_card, sent
 from .noise_net import MLPConfig, MLPNoiseNet, UNetConfig, build_noise_net, cut_layers
 
 # %% ../nbs/06_policy.ipynb #e04ca166
@@ -224,6 +226,25 @@ class ChunkPolicy(EncodingPolicy):
             :, first : first + self.n_action_steps
         ]
 
+    def save_pretrained(self, folder, info: dict | None = None):
+        "As `save_policy`."
+        save_policy(folder, self, info)
+
+    @classmethod
+    def from_pretrained(cls, name, revision: str | None = None, device="cpu"):
+        """The policy of a checkpoint folder, or of the Hugging Face Hub's repository `owner/name`. Raises as
+        hub.fetched and `load_policy` do, and ValueError for a policy that is no `cls`."""
+        policy, _ = load_policy(fetched(name, revision), device)
+        if not isinstance(policy, cls):
+            raise ValueError(f"{name} is of the method {policy.method.kind}, which is no {cls.__name__}")
+        return policy
+
+    def push_to_hub(self, name: str, info: dict | None = None, private: bool | None = None) -> str:
+        "Save the policy as the repository `owner/name` of the Hub; the commit's address. Raises as hub.sent."
+        with TemporaryDirectory() as tmp:
+            save_policy(Path(tmp) / "policy", self, info)
+            return sent(Path(tmp) / "policy", name, private)
+
 # %% ../nbs/06_policy.ipynb #3deebe13
 class NoiseNetPolicy(ChunkPolicy):
     "A method with the noise net of the policy's settings, as `net`; it must fit the horizon."
@@ -379,8 +400,9 @@ def save_policy(path, policy: ChunkPolicy, info: dict | None = None):
     }
     with atomic_folder(path) as folder:
         # A weight that has two names is written once.
-        save_model(policy, str(folder / "model.safetensors"))
-        write_text(folder / "checkpoint.json", json.dumps(meta, indent=1, sort_keys=True))
+        save_model(policy, str(folder / WEIGHTS))
+        write_text(folder / CHECKPOINT, json.dumps(meta, indent=1, sort_keys=True))
+        write_text(folder / CARD, model_card(meta))
         seal(folder)
 
 # %% ../nbs/06_policy.ipynb #729de9f4
@@ -392,18 +414,18 @@ def read_meta(path) -> dict:
     ValueError for one of a later dpag."""
     path = Path(path)
     restore(path)
-    if not (path / "checkpoint.json").exists():
+    if not (path / CHECKPOINT).exists():
         raise FileNotFoundError(f"no checkpoint at {path}: train first")
     try:
         check_seal(path)
-        meta = json.loads(read_text(path / "checkpoint.json"))
+        meta = json.loads(read_text(path / CHECKPOINT))
         schema = meta.get("schema", 1)
         check_seal(path, required=3 < schema <= SCHEMA, under=())
         missing = [k for k in ("method", "policy", "shapes") if not isinstance(meta.get(k), dict)]
     except (ValueError, AttributeError, TypeError) as e:
         raise DamagedError(f"{path}: damaged checkpoint: {type(e).__name__}: {e}") from None
     if missing:
-        raise DamagedError(f"{path}: damaged checkpoint: no {', '.join(missing)} in checkpoint.json")
+        raise DamagedError(f"{path}: damaged checkpoint: no {', '.join(missing)} in {CHECKPOINT}")
     if schema > SCHEMA:
         raise ValueError(f"{path}: schema {schema} is of a later dpag; this one reads up to {SCHEMA}")
     return meta
@@ -466,7 +488,7 @@ def load_policy(path, device="cpu") -> tuple[ChunkPolicy, dict]:
         )
     try:
         policy = build_policy(method, settings, Shapes.read(meta["shapes"]))
-        load_weights(Path(path) / "model.safetensors", policy, schema)
+        load_weights(Path(path) / WEIGHTS, policy, schema)
         check_weights(policy)
     except Exception as e:
         said = (str(e).splitlines() or [""])[0]

@@ -22,6 +22,7 @@ FLOORS = [
     *(
         "libraries",
         "files",
+        "hub",
         "arrays",
         "workers",
         "config",

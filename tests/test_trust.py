@@ -26,6 +26,7 @@ from dpag import files, report
 from dpag.config import SettingsError, generator, seed_everything
 from dpag.data import Demonstrations, WindowDataset, load_demonstrations, save_demonstrations
 from dpag.files import (
+    CARD,
     SUMS,
     DamagedError,
     atomic,
@@ -94,8 +95,8 @@ def refused_or_same(tried, area, read, same):
 
 
 def break_every_file(tried, area, folder, read, same, n=12):
-    "Flip bits of each file below `folder`, cut it, empty it, and take it away."
-    for i, path in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
+    "Flip bits of each file below `folder` but its card, cut it, empty it, and take it away."
+    for i, path in enumerate(sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD)):
         content = path.read_bytes()
         for bit in some_bits(content, n, i):
             with changed(path, flipped(content, bit)):
