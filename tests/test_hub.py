@@ -101,6 +101,7 @@ def test_nothing_that_info_says_breaks_the_card(policy, tmp_path):
     card = hub.ModelCard.load(tmp_path / "c" / CARD)
     assert card.data.license == ODD["license"] and card.data.library_name == "dpag"
     rows = [line for line in card.text.splitlines() if line.startswith("| data")]
+    assert card.text.splitlines()[1] == '# dp_ag on a: "b" --- # c | d'
     assert rows == ["| data | päth \\| `x` \\| y \\| |"]
     assert load_policy(tmp_path / "c")[1]["info"]["task"] == ODD["task"]
 
