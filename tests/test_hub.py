@@ -110,6 +110,7 @@ def test_a_card_may_be_edited_and_no_other_file(checkpoint):
     write_text(checkpoint / CARD, "I like it.")
     load_policy(checkpoint)
     (checkpoint / CARD).unlink()
+    write_text(checkpoint / ".cache/huggingface/CACHEDIR.TAG", "What the hub's library leaves.")
     load_policy(checkpoint)
     write_text(checkpoint / "more.md", "I like it.")
     with pytest.raises(DamagedError, match="more.md has no checksum"):
