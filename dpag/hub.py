@@ -99,9 +99,10 @@ def model_card(meta: dict, scores: dict | None = None) -> str:
     kind, info = meta["method"]["kind"], meta.get("info", {})
     version = meta.get("versions", {}).get("dpag", "of an unknown version")
     about = [(k, v) for k, v in info.items() if isinstance(v, str | int | float)]
+    title = f"# {kind} on {info['task']}" if "task" in info else f"# {kind}"
     parts = [
         f"---\n{yaml.safe_dump(card_data(meta, scores), sort_keys=False, allow_unicode=True)}---",
-        f"# {kind} on {info['task']}" if "task" in info else f"# {kind}",
+        " ".join(title.split()),
         f"A policy by the method `{kind}`, made with dpag {version}.",
         LOAD,
         in_and_out(meta),

@@ -101,6 +101,7 @@ def test_nothing_that_info_says_breaks_the_card(policy, tmp_path):
     card = hub.ModelCard.load(tmp_path / "c" / CARD)
     assert card.data.license == ODD["license"] and card.data.library_name == "dpag"
     rows = [line for line in card.text.splitlines() if line.startswith("| data")]
+    assert card.text.splitlines()[1] == '# dp_ag on a: "b" --- # c | d'
     assert rows == ["| data | päth \\| `x` \\| y \\| |"]
     assert load_policy(tmp_path / "c")[1]["info"]["task"] == ODD["task"]
 
@@ -109,6 +110,7 @@ def test_a_card_may_be_edited_and_no_other_file(checkpoint):
     write_text(checkpoint / CARD, "I like it.")
     load_policy(checkpoint)
     (checkpoint / CARD).unlink()
+    write_text(checkpoint / ".cache/huggingface/CACHEDIR.TAG", "What the hub's library leaves.")
     load_policy(checkpoint)
     write_text(checkpoint / "more.md", "I like it.")
     with pytest.raises(DamagedError, match="more.md has no checksum"):

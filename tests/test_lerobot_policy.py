@@ -201,7 +201,7 @@ def ours(peer):
         ["act", *given, "act.npz"],
         ["batch", *given, "batch.npz"],
         ["again", "there", "there_again"],
-        ["refusals", "said.json", "dp"],
+        ["refusals", "said.json", "ours", "dp"],
     )
     return load_policy(peer.folder / "ours")[0], episode
 
@@ -251,7 +251,13 @@ SAID = {
     "action_ref": ["action_ref = 'observation.position': allowed are observation.state"],
     "input_features": ["input_features and the output feature `action` are needed"],
     "normalization_mapping": ["normalization_mapping: allowed is IDENTITY"],
-    "checkpoint": ["method = 'dp': this package has dp_ag only"],
+    "checkpoint": [
+        "method = 'dp': this package has dp_ag only",
+        "names: there is no observation 'agent'; there are agent_pos, goal, image",
+        "names: goal = 'goal': allowed is observation.",
+        "names: image = 'observation.top': allowed is observation.",
+        "two observations have one name",
+    ],
 }
 
 

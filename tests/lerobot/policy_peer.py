@@ -107,8 +107,8 @@ def back(folder: str, out: str):
     save_policy(out, policy.averaged, {"updates": int(policy.n_updates)})
 
 
-def refusals(out: str, other_method: str):
-    "What is said about settings that are wrong, by what is wrong; and about a checkpoint of another method."
+def refusals(out: str, checkpoint: str, other_method: str):
+    "What is said about settings that are wrong, by what is wrong; and about checkpoints."
     register_third_party_plugins()
     features = {
         "input_features": {"observation.state": PolicyFeature(type=FeatureType.STATE, shape=(2,))},
@@ -132,10 +132,17 @@ def refusals(out: str, other_method: str):
             policy(config(device="cpu", **{**features, **wrong}))
         except SettingsError as e:
             said[next(iter(wrong))] = said.get(next(iter(wrong)), []) + [str(e)]
-    try:
-        policy.from_dpag(other_method)
-    except ValueError as e:
-        said["checkpoint"] = [str(e)]
+    for folder, names in (
+        (other_method, {}),
+        (checkpoint, {"agent": "observation.state"}),
+        (checkpoint, {"goal": "goal"}),
+        (checkpoint, {"image": "observation.top"}),
+        (checkpoint, {"goal": "observation.agent_pos"}),
+    ):
+        try:
+            policy.from_dpag(folder, names)
+        except ValueError as e:
+            said["checkpoint"] = said.get("checkpoint", []) + [str(e)]
     with open(out, "w", encoding="utf-8") as f:
         json.dump(said, f)
 

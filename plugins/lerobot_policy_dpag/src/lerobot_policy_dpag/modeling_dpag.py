@@ -10,9 +10,9 @@ from lerobot.policies.utils import populate_queues
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
-from dpag.data import WindowDataset
+from dpag.data import Shapes, WindowDataset
 from dpag.lerobot import lerobot_name, read_lerobot
-from dpag.policy import build_policy, load_policy
+from dpag.policy import ChunkPolicy, build_policy, load_policy
 from dpag.train import ema_decay
 
 from .configuration_dpag import STEPS, DPAGConfig
@@ -44,9 +44,8 @@ class DPAGPolicy(PreTrainedPolicy):
         new = dataset_meta is not None and config.pretrained_path is None
         dataset = numbers_of(dataset_meta.root, config) if new else None
         built = build_policy(config.method_config(), config.policy_config(), config.shapes(), dataset)
-        self.policy = built.to(
-            memory_format=torch.contiguous_format
-        )  # LeRobot saves no other optimizer state
+        # LeRobot saves the optimizer's state in no other order.
+        self.policy = built.to(memory_format=torch.contiguous_format)
         self.policy.diagnosing = False  # the costly part of the log
         self.averaged = copy.deepcopy(self.policy).requires_grad_(False)
         self.register_buffer("n_updates", torch.tensor(0))
@@ -130,24 +129,39 @@ class DPAGPolicy(PreTrainedPolicy):
         return self._action_queue.popleft()
 
 
-def config_of(source, names: dict[str, str], device: str) -> DPAGConfig:
-    "The configuration of a policy of dpag's. Raises ValueError unless it is a DP-AG."
+def lerobot_names(shapes: Shapes, given: dict[str, str]) -> dict[str, str]:
+    """LeRobot's names of the observations by their own: as `given`, or as dpag writes them into datasets.
+    Raises ValueError for one that is not there, that LeRobot would not pass on, and where two are equal."""
+    if unknown := sorted(set(given) - set(shapes.obs)):
+        raise ValueError(f"names: there is no observation {unknown[0]!r}; there are {', '.join(shapes.obs)}")
+    names = {k: given.get(k, lerobot_name(k, len(s) == 3)) for k, s in shapes.obs.items()}
+    for key, name in names.items():
+        # LeRobot turns what has `image` in its name into floats, colours first.
+        if not name.startswith("observation.") or ("image" in name) != (len(shapes.obs[key]) == 3):
+            raise ValueError(
+                f"names: {key} = {name!r}: allowed is observation.…, with `image` in it for images"
+            )
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"names = {names}: two observations have one name")
+    return names
+
+
+def config_of(source: ChunkPolicy, names: dict[str, str], device: str) -> DPAGConfig:
+    "The configuration of a policy of dpag's. Raises ValueError unless it is a DP-AG, and as `lerobot_names`."
     if source.method.kind != DPAGPolicy.name:
         raise ValueError(f"method = {source.method.kind!r}: this package has dp_ag only")
-    features, keys = {}, {}
+    there, features = lerobot_names(source.shapes, names), {}
     for key, shape in source.shapes.obs.items():
         image = len(shape) == 3
-        name = names.get(key, lerobot_name(key, image))
         kind, kept = (FeatureType.VISUAL, (shape[2], *shape[:2])) if image else (FeatureType.STATE, shape)
-        features[name] = PolicyFeature(type=kind, shape=kept)
-        keys.update({name: key} if name != key else {})
+        features[there[key]] = PolicyFeature(type=kind, shape=kept)
     return DPAGConfig(
         **{k: getattr(source.settings, k) for k in STEPS},
         input_features=features,
         output_features={ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(source.shapes.action_dim,))},
         settings=source.settings.model_dump(mode="json", exclude=set(STEPS)),
         method=source.method.model_dump(mode="json"),
-        keys=keys,
+        keys={name: key for key, name in there.items() if name != key},
         action_ref=source.shapes.action_ref,
         device=device,
         push_to_hub=False,
