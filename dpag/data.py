@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'READERS', 'STEADY', 'Shapes', 'whole_ends', 'Demonstrations', 'save_demonstrations', 'check_numbers',
            'fitted', 'Reader', 'other_reader', 'load_demonstrations', 'window_indices', 'steps_at', 'check_images',
-           'WindowDataset', 'Standardizer', 'fit_standardizer', 'main']
+           'WindowDataset', 'set_apart', 'Standardizer', 'fit_standardizer', 'main']
 
 # %% ../nbs/01_data.ipynb #097c9705
 import argparse
@@ -36,7 +36,7 @@ from dpag.arrays import (
     read_array,
     to_bytes,
 )
-from .config import Registry
+from .config import Registry, derive_seed
 from .files import SUMS, DamagedError, atomic, atomic_folder, check_seal, restore, seal
 from .oddities import plot_demonstrations, summary
 
@@ -367,6 +367,12 @@ class WindowDataset:
     def batch(self, n: int, generator: torch.Generator) -> dict:
         "`n` windows, uniformly, with replacement."
         return self.gather(torch.randint(len(self), (n,), generator=generator, device=self.device))
+
+# %% ../nbs/01_data.ipynb #b881ccf3
+def set_apart(n_episodes: int, n_learned: int) -> tuple[np.ndarray, np.ndarray]:
+    "The numbers of the episodes to learn from and of those that are set aside, each in their order."
+    order = np.random.default_rng(derive_seed("chosen episodes")).permutation(n_episodes)
+    return np.sort(order[:n_learned]), np.sort(order[n_learned:])
 
 # %% ../nbs/01_data.ipynb #f59db2bf
 class Standardizer(nn.Module):

@@ -80,7 +80,7 @@ class TrainConfig(Strict):
     "Share of the episodes that is set aside, see `split`; one at least, but for 0 (Diffusion Policy: 0.02)."
     val_every: Count = 200
     "Steps from one loss on what was set aside to the next."
-    val_windows: Count = 512
+    val_windows: Count = 256
     "Windows that it is computed on; all that were set aside, where there are fewer."
     device: Literal["auto", "cpu", "cuda"] = "auto"
     "`auto` is the GPU if there is one."
