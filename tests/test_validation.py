@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from dpag.config import SettingsError, generator, layered, seed_everything
-from dpag.data import Shapes, WindowDataset, set_apart
+from dpag.data import Demonstrations, Shapes, WindowDataset, set_apart
 from dpag.files import read_text, root
 from dpag.methods.dp import DPConfig
 from dpag.methods.toy import TOY, toy_policy, two_ways
 from dpag.policy import METHODS, PolicyConfig, build_policy
 from dpag.report import TRAINING
 from dpag.settings import load
+from dpag.tasks.pusht.sensor import only
 from dpag.train import Run, TrainConfig, fit, loss_of, validate
 from dpag.validation import Validation, least_validation, n_set_aside, split, validation_summary, windows_of
 
@@ -96,6 +97,17 @@ def test_a_part_of_a_data_set_can_be_split_again():
     again, aside = split(learned, 0.3)
     assert in_windows(again) | in_windows(aside) == in_windows(learned) and len(in_windows(aside)) == 2
     assert in_windows(windows_of(marked(), np.array([3, 4]))) == {3, 4}
+
+
+def test_the_windows_of_episodes_are_those_of_a_file_that_has_no_others():
+    "What is left out of a file and what is left out of its windows are the same, to the order."
+    everything, numbers = marked(), np.array([2, 5, 7])
+    arrays = {k: v.numpy() for k, v in (("seen", everything.obs["seen"]), ("action", everything.action))}
+    cut = WindowDataset.of(only(Demonstrations(arrays, np.arange(30, 301, 30)), numbers), **STEPS)
+    drawn = [data.batch(50, generator("any")) for data in (cut, windows_of(everything, numbers))]
+    assert torch.equal(drawn[0]["action"], drawn[1]["action"]) and len(cut) > 50
+    assert torch.equal(drawn[0]["obs"]["seen"], drawn[1]["obs"]["seen"])
+    assert torch.equal(torch.tensor(numbers)[drawn[0]["episode"]], drawn[1]["episode"])
 
 
 def test_the_order_is_that_of_the_rows_that_learned_from_few_episodes():
