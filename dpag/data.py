@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'READERS', 'READ_AHEAD', 'STEADY', 'Shapes', 'whole_ends', 'Demonstrations', 'save_demonstrations',
            'check_numbers', 'fitted', 'Reader', 'other_reader', 'load_demonstrations', 'window_indices', 'steps_at',
-           'batches_ahead', 'on_device', 'check_images', 'WindowDataset', 'Standardizer', 'fit_standardizer', 'main']
+           'batches_ahead', 'on_device', 'check_images', 'WindowDataset', 'set_apart', 'Standardizer',
+           'fit_standardizer', 'main']
 
 # %% ../nbs/01_data.ipynb #097c9705
 import argparse
@@ -37,7 +38,7 @@ from dpag.arrays import (
     read_array,
     to_bytes,
 )
-from .config import Registry
+from .config import Registry, derive_seed
 from .files import SUMS, DamagedError, atomic, atomic_folder, check_seal, file_checker, restore, seal
 from .oddities import plot_demonstrations, summary
 from .streaming import ArrayOnDisk, ChunkCache, TensorOnDisk, stays_on_disk
@@ -401,6 +402,12 @@ class WindowDataset:
     def batch(self, n: int, generator: torch.Generator) -> dict:
         "`n` windows, uniformly, with replacement."
         return self.gather(torch.randint(len(self), (n,), generator=generator, device=self.device))
+
+# %% ../nbs/01_data.ipynb #b881ccf3
+def set_apart(n_episodes: int, n_learned: int) -> tuple[np.ndarray, np.ndarray]:
+    "The numbers of the episodes to learn from and of those that are set aside, each in their order."
+    order = np.random.default_rng(derive_seed("chosen episodes")).permutation(n_episodes)
+    return np.sort(order[:n_learned]), np.sort(order[n_learned:])
 
 # %% ../nbs/01_data.ipynb #f59db2bf
 class Standardizer(nn.Module):

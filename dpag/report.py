@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'PUSHT', 'ROBOMIMIC', 'KITCHEN', 'UR5', 'COMPARED', 'SPIRALS', 'OTHER', 'TABLES', 'HEADLINES', 'TRAINING',
-           'OVERVIEW', 'KEPT', 'PAIR', 'published_columns', 'details', 'task_table', 'printed_mse', 'spirals_rows',
-           'long_tables', 'write_tables', 'headlines', 'metric_files', 'training_curves', 'score_points',
-           'write_metrics', 'figures_of', 'write_figures', 'read_long', 'overview_parts', 'overview_numbers',
-           'numbers_hash', 'write_overview', 'check_overview', 'check_tables', 'copy_folder', 'finished_cells',
-           'copy_run', 'write_published', 'publish', 'compare', 'overview_row', 'overview', 'main']
+           'LOSSES', 'OVERVIEW', 'KEPT', 'PAIR', 'published_columns', 'details', 'task_table', 'printed_mse',
+           'spirals_rows', 'long_tables', 'write_tables', 'headlines', 'metric_files', 'validation_files',
+           'curve_points', 'training_curves', 'score_points', 'write_metrics', 'figures_of', 'write_figures',
+           'read_long', 'overview_parts', 'overview_numbers', 'numbers_hash', 'write_overview', 'check_overview',
+           'check_tables', 'copy_folder', 'finished_cells', 'copy_run', 'write_published', 'publish', 'compare',
+           'overview_row', 'overview', 'main']
 
 # %% ../nbs/11_report.ipynb #ddb88fd0
 import argparse
@@ -17,7 +18,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from .files import SUMS, DamagedError, atomic, atomic_folder, check_seal, read_t
 from .interplay import INTERPLAY, interplay_rows, levels_of, plot_gains
 from .paths import Cell, Results, own, published
 from .plots import overview_points, plot_curve, plot_distribution, plot_overview, plot_spirals
-from .rows import LATENCY, Measured, check_evaluation, is_variant, read_csv, read_rows
+from .rows import LATENCY, Evaluation, Measured, check_evaluation, is_variant, read_csv, read_rows
 from .stats import COLUMNS, bootstrap_mean
 from dpag.tables import (
     LABELS,
@@ -283,20 +284,39 @@ def metric_files(rows: pd.DataFrame) -> dict[str, dict]:
         files.setdefault(name, {})[str(r.metric)] = shown
     return files
 
+# %% ../nbs/11_report.ipynb #eeb1aa9e
+def validation_files(evaluations: Iterable[Evaluation]) -> dict[str, dict]:
+    "`{run/task-method-sN.json: {val_loss: {last, least, step}}}` of trainings that set episodes aside."
+    files = {}
+    for e in evaluations:
+        if found := e.info.get("validation"):
+            last, least = (float(f"{found[k]:.6g}") for k in ("val_loss", "least_val_loss"))
+            said = {"last": last, "least": least, "step": found["least_step"]}
+            files[f"{e.cell.run}/{e.cell.name}.json"] = {"val_loss": said}
+    return files
+
 # %% ../nbs/11_report.ipynb #4cbca6f9
-TRAINING = ["run", "cell", "step", "loss"]
+TRAINING = ["run", "cell", "windows", "step", "loss"]
+LOSSES = {"learned from": "loss", "set aside": "val_loss"}
+
+
+def curve_points(log: pd.DataFrame, column: str, n_points: int) -> pd.DataFrame:
+    "Step and loss of a log at `n_points` steps at most, the last among them; none without the column."
+    known = log[log[column].notna()] if column in log else log[:0]
+    shown = np.unique(np.linspace(0, len(known) - 1, min(len(known), n_points)).round().astype(int))
+    return known.iloc[shown][["step", column]].rename(columns={column: "loss"})
 
 
 def training_curves(measured: Measured, n_points: int = 60) -> pd.DataFrame:
-    "The loss during every training whose log is here, at `n_points` steps at most."
+    """The loss during every training whose log is here, on what is learned from and on what was set aside, at
+    `n_points` steps at most."""
     frames = []
     for e in measured.evaluations:
         path = measured.results.training(e.cell) / "log.csv"
         if path.exists():
-            log = read_csv(path)
-            shown = np.unique(np.linspace(0, len(log) - 1, min(len(log), n_points)).round().astype(int))
-            names = {"run": e.cell.run, "cell": e.cell.name}
-            frames.append(log.iloc[shown].assign(**names)[TRAINING])
+            log, names = read_csv(path), {"run": e.cell.run, "cell": e.cell.name}
+            curves = {w: curve_points(log, column, n_points) for w, column in LOSSES.items()}
+            frames += [c.assign(**names, windows=w)[TRAINING] for w, c in curves.items() if len(c)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=TRAINING)
 
 # %% ../nbs/11_report.ipynb #35c5276a
@@ -311,13 +331,20 @@ def score_points(longs: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 # %% ../nbs/11_report.ipynb #40acc7a4
 def write_metrics(
-    longs: dict[str, pd.DataFrame], folder: Path, training: pd.DataFrame | None = None
+    longs: dict[str, pd.DataFrame],
+    folder: Path,
+    training: pd.DataFrame | None = None,
+    evaluations: Iterable[Evaluation] = (),
 ) -> list[Path]:
-    """Write `metrics/<run>/<task>-<method>.json`, `plots/scores.csv` and, where given, `plots/training.csv`
-    into `folder`; metrics that nothing is measured for any more are removed."""
+    """Write `metrics/<run>/<task>-<method>.json`, the `evaluations`' `validation_files`, `plots/scores.csv`
+    and, where given, `plots/training.csv` into `folder`; metrics that nothing is measured for any more are
+    removed."""
     paths = []
-    for long in longs.values():
-        for name, numbers in metric_files(headlines(long)).items() if len(long) else ():
+    for files in [
+        *(metric_files(headlines(x)) for x in longs.values() if len(x)),
+        validation_files(evaluations),
+    ]:
+        for name, numbers in files.items():
             paths.append(folder / "metrics" / name)
             write_text(paths[-1], json.dumps(numbers, indent=1) + "\n")
     for stale in set((folder / "metrics").rglob("*.json")) - set(paths):
@@ -425,13 +452,14 @@ def check_tables(results: Results) -> list[str]:
     try:
         for cell, path in results.evaluations("episodes.csv"):
             check_evaluation(cell, path.parent)
-        longs = long_tables(Measured(results))
+        measured = Measured(results)
+        longs = long_tables(measured)
     except DamagedError as e:
         return [str(e)]
     with tempfile.TemporaryDirectory() as tmp:
         made = Results(Path(tmp))
         write_tables(longs, made.tables)
-        write_metrics(longs, made.folder)
+        write_metrics(longs, made.folder, evaluations=measured.evaluations)
         names = {path.relative_to(tmp) for path in Path(tmp).rglob("*.*")}
         for name in sorted(names):
             path = results.folder / name
@@ -493,8 +521,10 @@ def copy_run(run: str, source: Results, target: Results):
 # %% ../nbs/11_report.ipynb #f14e8fdb
 def write_published(results: Results) -> list[Path]:
     "Make what follows from the published rows anew, but for each run's figures; no training logs."
-    longs = long_tables(Measured(results))
-    paths = write_tables(longs, results.tables) + write_metrics(longs, results.folder)
+    measured = Measured(results)
+    longs = long_tables(measured)
+    paths = write_tables(longs, results.tables)
+    paths += write_metrics(longs, results.folder, evaluations=measured.evaluations)
     return paths + write_overview(results)
 
 

@@ -160,7 +160,7 @@ def test_a_policy_is_trained_from_a_file_alone(tmp_path, own, method):
     code, error = papermill(tmp_path, path=own, out=out, method=method, steps=20, observations=keys)
     assert code == 0, error[-2000:]
     policy, about = load_policy(out / "checkpoint")
-    assert set(policy.shapes.obs) == set(keys) and len(about["info"]["set_aside"]) == 1
+    assert set(policy.shapes.obs) == set(keys) and len(about["info"]["validation"]["set_aside"]) == 1
     errors = pd.read_csv(out / "errors.csv")
     assert list(errors.step) == list(range(2, 21, 2)) and errors.notna().all(axis=None)
     assert (out / "attention_camera.png").exists() == ("camera" in keys) and (out / "errors.png").exists()

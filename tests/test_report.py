@@ -597,7 +597,8 @@ def test_metrics_and_plots_are_small_files(results):
         evaluation(results, "pusht_kp", method, 0, score)
     log = results.training(Cell("laptop-scripted", "pusht_kp", "dp", 0)) / "log.csv"
     log.parent.mkdir(parents=True)
-    pd.DataFrame({"step": range(1000), "lr": 1.0, "loss": 0.5}).to_csv(log, index=False)
+    rows = pd.DataFrame({"step": range(1000), "lr": 1.0, "loss": 0.5})
+    rows.assign(val_loss=rows.loss.where(rows.step % 100 == 99)).to_csv(log, index=False)
     measured = Measured(results)
     longs = long_tables(measured)
     paths = write_metrics(longs, results.folder, training_curves(measured))
@@ -607,9 +608,24 @@ def test_metrics_and_plots_are_small_files(results):
     score = json.loads(read_text(results.folder / "metrics/laptop-scripted/pusht_kp-dp_ag.json"))["score"]
     assert score["mean"] == 0.625 and score["low"] < 0.625 < score["high"]
     training = pd.read_csv(results.folder / "plots/training.csv")
-    assert list(training) == ["run", "cell", "step", "loss"]
-    assert len(training) == 60 and training.step.max() == 999
+    assert list(training) == ["run", "cell", "windows", "step", "loss"]
+    curves = training.groupby("windows").step.agg(["count", "max"])
+    assert curves.loc["learned from"].tolist() == [60, 999] and curves.loc["set aside"].tolist() == [10, 999]
     assert metric_files(headlines(longs["kitchen"])) == {}
+
+
+def test_a_training_that_set_episodes_aside_has_a_file_of_metrics(results):
+    "Of its own, from run.json; published rows have it without a log, and it is checked like the others."
+    kept = {"set_aside": [3], "val_loss": 0.0301234567, "least_val_loss": 0.02, "least_step": 800}
+    evaluation(results, "pusht_kp", "dp", 0, info={**INFO, "validation": kept})
+    evaluation(results, "pusht_kp", "dp", 1)
+    write_published(results)
+    assert check_tables(results) == []
+    (path,) = (results.folder / "metrics/laptop-scripted").glob("*-s*.json")
+    assert path.name == "pusht_kp-dp-s0.json"
+    assert json.loads(read_text(path)) == {"val_loss": {"last": 0.0301235, "least": 0.02, "step": 800}}
+    path.unlink()
+    assert check_tables(results) == [f"{path} is missing"]
 
 
 # Own and published

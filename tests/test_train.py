@@ -153,18 +153,17 @@ def test_betas_are_two_numbers_below_one(betas, said):
         config.layered(TrainConfig, {"betas": betas})
 
 
-def test_betas_at_their_default_leave_older_runs_their_hash():
-    "As before there were any; others change it."
+@pytest.mark.parametrize("name,other", [("betas", (0.95, 0.999)), ("val_share", 0.02)])
+def test_what_came_later_leaves_older_runs_their_hash(name, other):
+    "At the value that does what was done before; others change it. How often one looks never does."
     cell = ["pusht_kp", "dp", "data", PolicyConfig(), MethodConfig(kind="dp")]
     settings = TrainConfig(lr=0.01)
-    before = {k: v for k, v in settings.model_dump().items() if k != "betas"}
+    later = {"betas", "val_share", "val_every", "val_windows"}
+    before = {k: v for k, v in settings.model_dump().items() if k not in later}
     assert run_fingerprint(*cell, settings) == config.fingerprint(*cell, before)
-    others = settings.model_copy(update={"betas": (0.95, 0.999)})
-    assert (
-        run_fingerprint(*cell, others)
-        == config.fingerprint(*cell, others)
-        != config.fingerprint(*cell, before)
-    )
+    others = settings.model_copy(update={name: other, "val_every": 7, "val_windows": 8})
+    with_it = config.fingerprint(*cell, {**before, name: other})
+    assert run_fingerprint(*cell, others) == with_it != config.fingerprint(*cell, before)
 
 
 @pytest.mark.parametrize("log_every", [1, 10])

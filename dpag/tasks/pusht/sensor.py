@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 
 from ...config import derive_seed
-from ...data import Demonstrations
+from ...data import Demonstrations, set_apart
 from .task import SensorConfig
 
 # %% ../../../nbs/tasks/pusht/sensor.ipynb #561a1c46
@@ -85,9 +85,7 @@ def chosen_episodes(demos: Demonstrations, n: int | None) -> tuple[np.ndarray, n
     and none where `n` is None. Raises ValueError for more than there are."""
     if n is not None and n > len(demos):
         raise ValueError(f"n_human = {n}: there are {len(demos)} episodes")
-    order = np.random.default_rng(derive_seed("chosen episodes")).permutation(len(demos))
-    n = len(demos) if n is None else n
-    return np.sort(order[:n]), np.sort(order[n:])
+    return set_apart(len(demos), len(demos) if n is None else n)
 
 
 def only(demos: Demonstrations, episodes: np.ndarray) -> Demonstrations:
