@@ -106,7 +106,11 @@ def demonstrate(
     finished: Callable[[], bool] = never,
 ):
     """Do `actions`, one each `period` s, until they end or `finished()`; each is recorded with the
-    observation before it. Raises Stopped."""
+    observation before it. Raises Stopped; ValueError for a list of actions on a real arm."""
+    if arm.real and not isinstance(actions, Iterator):
+        raise ValueError(
+            "a list of actions does not look at what it does: a person demonstrates on a real arm"
+        )
     start = arm.now()
     with holding_after(arm):
         for k, action in enumerate(actions):

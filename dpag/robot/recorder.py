@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['record_fields', 'record_type', 'Recorder', 'read_episode', 'episode_files', 'n_steps', 'check_same',
-           'read_recordings', 'is_recording', 'load_recordings']
+           'read_recordings', 'is_recording', 'steps_per_second', 'load_recordings']
 
 # %% ../../nbs/hardware/recorder.ipynb #1552c44e
 import json
@@ -141,16 +141,27 @@ def is_recording(folder: Path) -> bool:
     return any(p.suffix in (".steps", ".part") for p in folder.glob("episode_*"))
 
 
+def steps_per_second(demos: Demonstrations) -> dict[str, float]:
+    "`{fps: …}` by the times of the steps; empty where they say none."
+    between = np.diff(demos.arrays.get("time", np.empty(0)))
+    usual = float(np.median(between)) if len(between) else 0.0
+    return {"fps": round(1 / usual, 1)} if usual > 0 else {}
+
+
 def load_recordings(folder: Path, keys: Iterable[str] | dict | None = None) -> Demonstrations:
-    """The complete episodes of a folder, as `load_demonstrations` gives them. Raises DamagedError, with the
-    file and the field, for one that is damaged, does not fit the others, or has numbers that are not finite."""
+    """The complete episodes of a folder, as `load_demonstrations` gives them. Raises DamagedError, with file
+    and field, for one that is damaged or does not fit the others, and for numbers that cannot be."""
     try:
         demos = read_recordings(folder)
         types = keys if isinstance(keys, dict) else dict.fromkeys(keys or demos.arrays)
         if missing := sorted(set(types) - set(demos.arrays)):
-            raise ValueError(f"{folder}: data/{missing[0]} is missing; there are {', '.join(demos.arrays)}")
-        arrays = {k: demos.arrays[k].astype(t or demos.arrays[k].dtype, copy=False) for k, t in types.items()}
-        demos = Demonstrations(arrays, demos.episode_ends, demos.meta)
+            raise ValueError(f"data/{missing[0]} is missing; there are {', '.join(demos.arrays)}")
+        arrays = {k: demos.arrays[k].astype(t or demos.arrays[k].dtype) for k, t in types.items()}
+        if lost := [
+            k for k, a in arrays.items() if not np.allclose(a, demos.arrays[k], 1e-6, equal_nan=True)
+        ]:
+            raise ValueError(f"values of data/{lost[0]} do not fit into {arrays[lost[0]].dtype}")
+        demos = Demonstrations(arrays, demos.episode_ends, {**demos.meta, **steps_per_second(demos)})
         check_numbers(demos)
     except ValueError as e:
         raise DamagedError(str(e) if str(folder) in str(e) else f"{folder}: {e}") from None
