@@ -50,8 +50,8 @@ class Shown:
     def scores(self) -> str:
         "The film's score, the mean over all that ran, and the committed one."
         ran, before = self.rows[self.measure], self.committed[self.measure]
-        means = f"mean of {len(ran)} episodes {ran.mean():.3f}, " if len(ran) > 1 else ""
-        return f"{self.label} in the film; {means}committed: {before.mean():.3f} of {len(before)}"
+        means = f"mean of {len(ran)} now {ran.mean():.3f}, " if len(ran) > 1 else ""
+        return f"{self.label} in the film; {means}committed {before.mean():.3f} ({len(before)} episodes)"
 
 # %% ../nbs/17_demo.ipynb #729b68e2
 def watch(cell: Cell, n_episodes: int | None = None, measure: str = "score") -> Shown:
@@ -122,8 +122,8 @@ PUSH_T = Scene(
     tuple(Cell(RUN, "pusht_kp", method, 0) for method in ("dp", "dp_ag")),
     "score",
     None,
-    "Push-T. The blue disc, steered to the red cross, pushes the grey T onto the green one.\nThe score is the "
-    "share of the green T that is covered at best; 95 % count as all.",
+    "Push-T. The blue disc, steered to the red cross, pushes the grey T onto the green one.\n"
+    "The score is the share of the green T that is covered at best; 95 % count as all.",
 )
 ARM = Scene(
     "ur5_candy",
