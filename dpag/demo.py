@@ -95,7 +95,7 @@ def save_film(folder: Path, name: str, frames: list[np.ndarray], fps: float, mom
     from PIL import Image
 
     film, picture = folder / f"{name}.gif", folder / f"{name}.png"
-    save_gif(film, frames, fps=fps)
+    save_gif(film, frames, fps=fps, colors=256)  # or small things lose theirs
     chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, moments).astype(int)]
     columns = [np.vstack(chosen[i::3]) for i in range(3)]
     with atomic(picture) as tmp:
