@@ -21,8 +21,9 @@ BENCH_PIP := $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-ch
 BENCH_UV := $(BENCH)/bin/uv pip install --quiet --system-certs --python $(BENCH)/bin/python
 LEROBOT := .lerobot-venv
 
-.PHONY: help repro test lint lab docs install bench lerobot hashes audit clean
+.PHONY: help demo repro test lint lab docs install bench lerobot hashes audit clean
 help:
+	@echo "make demo      two trained policies at work: films, in less than a minute after the installation"
 	@echo "make repro [PROFILE=smoke|laptop|workstation|interplay|paper|paper-core] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name]"
 	@echo "               regenerate the tables, into results/runs"
 	@echo "make test      formatting, types, export check, notebooks, pytest"
@@ -51,6 +52,10 @@ results/runs/stages.json: $(READY)
 
 install: $(READY) results/runs/stages.json
 	@if [ -e .git ]; then git update-index --skip-worktree dvc.lock; fi
+
+demo: $(READY)
+	@echo "Loading two trained policies …"
+	@$(BIN)/python -m dpag.demo
 
 repro: $(READY)
 	@$(BIN)/python -m dpag.pipeline --profile $(PROFILE) --demos $(DEMOS) --jobs $(JOBS) --only "$(ONLY)"

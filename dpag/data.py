@@ -237,7 +237,7 @@ class Reader:
     module: str
 
 
-READERS = Registry("reader", "dpag.readers", lambda: ["dpag.lerobot"])
+READERS = Registry("reader", "dpag.readers", lambda: ["dpag.robot.recorder", "dpag.lerobot"])
 
 
 def other_reader(path: Path) -> Reader | None:

@@ -70,6 +70,15 @@ class Results:
     def checkpoint(self, cell: Cell) -> Path:
         return self.training(cell) / "checkpoint"
 
+    def shipped(self, cell: Cell) -> Path:
+        "What is committed of a training: its `checkpoint`, and the `run.json` of its rows."
+        return self.folder / "weights" / cell.folder
+
+    @property
+    def demo(self) -> Path:
+        "The films of `make demo`."
+        return self.folder / "demo"
+
     def evaluation(self, cell: Cell) -> Path:
         return self.folder / "eval" / cell.folder
 

@@ -234,11 +234,11 @@ def rollout(
     return rows, [frames for _, films, _ in done for frames in films]
 
 # %% ../nbs/09_rollout.ipynb #2beac4c4
-def save_gif(path, frames: list[np.ndarray], *, fps: float = 10):
-    "Write frames `(H, W, 3)` uint8 as an endless GIF."
+def save_gif(path, frames: list[np.ndarray], *, fps: float = 10, colors: int = 64):
+    "Write frames `(H, W, 3)` uint8 as an endless GIF, each with so many colours at most."
     from PIL import Image  # here: only whoever makes films needs it
 
-    images = [Image.fromarray(np.asarray(f, np.uint8)).quantize(64) for f in frames]
+    images = [Image.fromarray(np.asarray(f, np.uint8)).quantize(colors) for f in frames]
     with atomic(path) as tmp:
         images[0].save(
             tmp, format="GIF", save_all=True, append_images=images[1:], duration=int(1000 / fps), loop=0

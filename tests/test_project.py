@@ -63,7 +63,7 @@ FLOORS = [
         "plots",
     ),
     *("ablation", "interplay", "report", "verdicts", "warm", "pipeline"),
-    *("runner", "export"),
+    *("weights", "demo", "runner", "export"),
 ]
 
 

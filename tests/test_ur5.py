@@ -325,7 +325,7 @@ def test_what_the_manual_records_is_what_the_tasks_read(tmp_path, monkeypatch):
             exec(line, names)
     monkeypatch.setattr(teleop, "SpaceMouse", Pushing)
     config = TASKS["ur5_peg"].configure()
-    names |= {"root": lambda: tmp_path, "task": "ur5_peg", "config": config}
+    names |= {"root": lambda: tmp_path, "task": "ur5_peg", "config": config, "confirm": True}
     names |= {"mine": config.robot, "size": config.size, "period": config.robot.action_seconds}
     exec(code, names)
     demos = get_task("ur5_peg", config).demonstrations("recorded", folder=tmp_path / "data")

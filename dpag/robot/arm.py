@@ -32,6 +32,9 @@ class Observation:
 class Arm(abc.ABC):
     "One arm: a context manager that connects and closes. Every method but `close` may raise Stopped."
 
+    real = False
+    "Whether it moves where people and things are."
+
     @abc.abstractmethod
     def connect(self):
         "Be ready to be observed; nothing moves."

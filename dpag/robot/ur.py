@@ -373,7 +373,7 @@ class UR(Arm):
     `read() -> (time, image)`, the newest, and `close()`. `stream` is the process that commands."""
 
     def __init__(self, robot: RobotConfig, box: Box, cameras: dict | None = None):
-        self.cameras, self.limits = cameras or {}, robot.limits
+        self.cameras, self.limits, self.real = cameras or {}, robot.limits, robot.real
         self.stream = StreamProcess(robot, box, list(self.cameras))
         self.camera_thread = threading.Thread(
             target=watch_cameras, args=(self.stream, self.cameras), daemon=True
