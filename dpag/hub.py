@@ -115,8 +115,9 @@ def model_card(meta: dict, scores: dict | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 # %% ../nbs/00_hub.ipynb #cd45ea98
-def write_card(checkpoint, evaluation=None):
-    """Write README.md of a checkpoint folder; with the scores of an `evaluation`'s folder, if it is given.
+def write_card(checkpoint, evaluation=None, license: str | None = None):
+    """Write README.md of a checkpoint folder; with the scores of an `evaluation`'s folder, if it is given,
+    and with a `license` where the checkpoint names none.
 
     Raises FileNotFoundError where there is no checkpoint, and as `read_scores` does."""
     folder = Path(checkpoint)
@@ -124,6 +125,8 @@ def write_card(checkpoint, evaluation=None):
         raise FileNotFoundError(f"no checkpoint at {folder}: it has no {CHECKPOINT}")
     check_seal(folder)
     meta = json.loads(read_text(folder / CHECKPOINT))
+    if license is not None:
+        meta["info"] = {"license": license, **meta.get("info", {})}
     scores = None if evaluation is None else read_scores(evaluation, meta.get("info", {}))
     write_text(folder / CARD, model_card(meta, scores))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .config import SettingsError
 from .files import DamagedError, atomic_folder, read_text
+from .hub import write_card
 from .paths import Cell, Results, cell_of, own, published
 from .policy import ChunkPolicy, load_policy
 from .rows import check_cell, read_run
@@ -81,8 +82,10 @@ def size_of(folder: Path) -> int:
 
 
 def ship(cell: Cell, source: Results, into: Results):
-    """Copy a training's checkpoint from `source` beside its rows in `into`. Raises FileNotFoundError where
-    there is none, DamagedError, and SettingsError where it is not the one of the rows, or too large."""
+    """Copy a training's checkpoint from `source` beside its rows in `into`, and write its model card.
+
+    Raises FileNotFoundError where there is none, DamagedError, and SettingsError where it is not the one of
+    the rows, or too large."""
     checkpoint, rows = source.checkpoint(cell), into.evaluation(cell)
     _, meta = load_policy(checkpoint)
     run = read_run(cell, rows)
@@ -98,6 +101,7 @@ def ship(cell: Cell, source: Results, into: Results):
     with atomic_folder(into.shipped(cell)) as folder:
         shutil.copytree(checkpoint, folder / "checkpoint", copy_function=shutil.copyfile)
         shutil.copyfile(rows / "run.json", folder / "run.json")
+        write_card(folder / "checkpoint", rows, license="mit")
 
 # %% ../nbs/16_weights.ipynb #9c505cfc
 def main(argv: list[str] | None = None):
