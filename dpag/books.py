@@ -7,6 +7,7 @@ __all__ = ['BUSY', 'dvc_errors', 'newest', 'Slip', 'DvcBooks']
 
 # %% ../nbs/12_books.ipynb #8be2ec22
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -109,18 +110,26 @@ class DvcBooks:
             if not stage.changed():
                 self.unchanged.add(name)
                 return False
-            stage.save_deps()
-            about = {"cmd": stage.cmd, "deps": {str(d): d.dumpd() for d in stage.deps}}
-            text = json.dumps(about, default=str, sort_keys=True)
-            if slip.ended_with(text, [Path(out.fs_path) for out in stage.outs]):
+            about = self._about(stage)
+            if slip.ended_with(about, [Path(out.fs_path) for out in stage.outs]):
+                stage.save_deps()
                 return False
             slip.tear()
             stage.remove_outs()
             with contextlib.suppress(RunCacheNotFoundError):
                 self.repo.stage_cache.restore(stage)
                 return False
-            slip.write(text)
+            stage.save_deps()
+            slip.write(about)
             return True
+
+    def _about(self, stage) -> str:
+        "What a stage depends on now; what it depended on, which DVC has yet to compare, is left as it is."
+        deps = [copy.copy(dep) for dep in stage.deps]
+        for dep in deps:
+            dep.save()
+        about = {"cmd": stage.cmd, "deps": [[str(dep), dep.dumpd()] for dep in deps]}
+        return json.dumps(about, default=str, sort_keys=True)
 
     def end(self, name: str):
         if name not in self.unchanged:
