@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -246,6 +247,50 @@ def test_a_full_disk_and_a_straggler_are_one_sentence_each(tmp_path):
     assert failure("train@x", log).splitlines()[0] == "stage train@x failed: the disk of node7 is full"
     assert slowness("x", 100.0, {"x": 20.0}) == " (5 times as long as expected)"
     assert slowness("x", 50.0, {"x": 20.0}) == slowness("x", 25.0, {"x": 1.0}) == ""
+
+
+# Clusters
+
+CLUSTER = Path(__file__).parent.parent / "tools/cluster"
+STAND_IN = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$CALLS"
+case "$(basename "$0") $*" in
+  scontrol*) printf 'n1\\nn2\\nn3\\n' ;;
+  srun*hostname*) echo "10.0.0.1 10.0.0.2" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_the_slurm_file_starts_ray_on_every_node_and_drives_on_the_first(nodes, tmp_path):
+    "With stand-ins for Slurm's, Ray's and make's commands, which note how they were called."
+    calls = tmp_path / "calls"
+    for name in ("scontrol", "srun", "ray", "make"):
+        (tmp_path / name).write_text(STAND_IN, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_SUBMIT_DIR": str(tmp_path)}
+    env |= {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": str(nodes)}
+    env |= {"SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_ON_NODE": "8"}
+    subprocess.run(
+        ["bash", str(CLUSTER / "slurm.sbatch"), "PROFILE=paper", "DEMOS=human"], env=env, check=True
+    )
+    said = calls.read_text(encoding="utf-8")
+    assert "make repro RAY=10.0.0.1:20007 PROFILE=paper DEMOS=human\n" in said
+    assert eventually(lambda: "ray start --head" in calls.read_text(encoding="utf-8"))
+    others = "--nodes=2 --ntasks=2 --exclude=n1 ray start --address=10.0.0.1:20007"
+    seconds = 60 if nodes > 1 else 0.5
+    assert eventually(lambda: others in calls.read_text(encoding="utf-8"), seconds) == (nodes > 1)
+
+
+def test_the_kubernetes_file_is_of_this_projects_ray():
+    job = yaml.safe_load((CLUSTER / "kuberay.yaml").read_text(encoding="utf-8"))
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    pins = (CLUSTER.parent.parent / "constraints.txt").read_text(encoding="utf-8")
+    assert f"\nray=={cluster['rayVersion']} " in pins and "RAY=auto" in job["spec"]["entrypoint"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    pods = [g["template"]["spec"] for g in groups]
+    assert all(p["containers"][0]["volumeMounts"] == [{"name": "dpag", "mountPath": "/dpag"}] for p in pods)
 
 
 # Ray
