@@ -229,6 +229,8 @@ def summary(seconds: dict[str, float], run: str, start: float):
 
 
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not as a notebook
+    if sys.getfilesystemencoding() != "utf-8":  # DVC hashes names as UTF-8, whatever the locale is
+        os.execve(sys.executable, [sys.executable, "-m", "dpag.pipeline", *sys.argv[1:]], environment())
     try:
         main()
     except KeyboardInterrupt:
