@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAME', 'alone', 'settle_git', 'to_run', 'needed_by', 'matching', 'environment', 'executor_of', 'jobs_of', 'add_times',
-           'expected', 'run_stages', 'parse', 'examine', 'print_plan', 'main', 'work', 'summary']
+           'known_times', 'run_stages', 'parse', 'examine', 'print_plan', 'main', 'work', 'summary']
 
 # %% ../nbs/12_pipeline.ipynb #f99eae22
 import argparse
@@ -115,9 +115,9 @@ def add_times(path: Path, ran: dict[str, float]):
         f.writelines(f"{stage},{seconds:.1f},measured\n" for stage, seconds in ran.items())
 
 
-def expected(stages: Iterable[str]) -> dict[str, float]:
-    "How long each stage should take, from what was measured before: here, or where the results are from."
-    return likely_seconds(stages, read_times(*(r.folder / "times.csv" for r in (published(), own()))))
+def known_times() -> dict[str, float]:
+    "How long stages took before: here, or where the published results are from."
+    return read_times(*(results.folder / "times.csv" for results in (published(), own())))
 
 
 def run_stages(driver: Driver, graph: dict[str, set[str]], seconds: dict[str, float]) -> dict[str, float]:
@@ -194,7 +194,9 @@ def work(
     args: argparse.Namespace, settings: Settings, todo: dict[str, set[str]], n_stages: int, start: float
 ):
     "Run what there is to do, or say what it is."
-    seconds = expected(todo)
+    known = known_times()
+    seconds = likely_seconds(todo, known)
+    by = "" if any(settings.run in stage for stage in known) else ", by the times of other profiles"
     with contextlib.ExitStack() as stack:
         if not (args.ray or args.dry):
             stack.enter_context(warm(environment()))
@@ -204,15 +206,13 @@ def work(
         machines = executor.machines()
         room = f"{sum(m.cpus for m in machines):g} cores and {sum(m.gpus for m in machines)} GPUs"
         length = clock(forecast(todo, jobs, seconds, machines))
-        print(
-            f"{settings.run}: {len(todo)} of {n_stages} stages to run, about {length} on {room}", flush=True
-        )
+        what = f"{settings.run}: {len(todo)} of {n_stages} stages to run"
+        print(f"{what}, about {length} on {room}{by}", flush=True)
         if args.dry:
             print_plan(todo, jobs, seconds)
             return
         driver = Driver(todo, jobs, seconds, executor, books, settings.execution.retries)
         ran = run_stages(driver, todo, seconds)
-        books.close()
     summary(ran, settings.run, start)
 
 # %% ../nbs/12_pipeline.ipynb #b20293c0
