@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -323,7 +322,7 @@ def test_on_a_cluster_a_job_whose_node_is_killed_goes_on_on_another(tmp_path):
 
     (tmp_path / "count.py").write_text(COUNT, encoding="utf-8")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = {n.unique_id: n for n in (cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2))}
+    nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
     executor = Ray(str(tmp_path), PATHS, cluster.address)
     try:
         assert sorted((m.cpus, m.gpus) for m in executor.machines()) == [(0, 0), (1, 1), (1, 1)]
@@ -332,24 +331,24 @@ def test_on_a_cluster_a_job_whose_node_is_killed_goes_on_on_another(tmp_path):
         jobs = {"count": Job("count", command, "count.log", gpus=1), "after": Job("after", "true")}
         jobs["other"] = Job("other", "exit 0")
         driver = Driver(graph, jobs, dict.fromkeys(graph, 1.0), executor, NoBooks(), retries=2)
-        killed = []
+        killed, count = [], tmp_path / "n-dpag-test"
 
         def kill(driver):
-            path = tmp_path / "n-dpag-test"
-            if not killed and path.exists() and int(path.read_text() or 0) > 5:
-                busy = sleepers("n-dpag-test")
-                raylets = {p.pid for q in busy for p in q.parents() if "raylet" in p.name()}
-                for node in nodes.values():
-                    pid = node.all_processes["raylet"][0].process.pid
-                    if pid in raylets:
-                        os.kill(pid, signal.SIGKILL)
-                        killed.append(busy)
+            "The node on which it counts: its raylet, and the workers. What they started must end by itself."
+            if not killed and count.exists() and int(count.read_text(encoding="utf-8") or 0) > 5:
+                above = {q for p in sleepers("n-dpag-test") for q in p.parents()}
+                rays = [q for q in above if q.name().startswith(("raylet", "ray::"))]
+                raylets = {node.all_processes["raylet"][0].process.pid for node in nodes}
+                assert len(raylets & {q.pid for q in rays}) == 1
+                killed.extend(sorted(rays, key=lambda q: q.pid))
+                for q in killed:
+                    q.kill()
 
         driver.run(kill)
         assert killed and driver.failed == [] and driver.done == set(graph)
-        assert ("lost", "count") in driver.events and (tmp_path / "n-dpag-test").read_text() == "40"
-        first = Path(tmp_path, "count.log").read_text(encoding="utf-8").split("from ")[1]
-        assert int(first.split()[0]) > 5, "it went on where it was"
+        assert ("lost", "count") in driver.events and count.read_text(encoding="utf-8") == "40"
+        said = (tmp_path / "count.log").read_text(encoding="utf-8")
+        assert int(said.split("from ")[1].split()[0]) > 5, "it went on where it was"
         assert eventually(lambda: not sleepers("n-dpag-test"))
     finally:
         executor.cancel()

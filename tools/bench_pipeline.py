@@ -84,14 +84,14 @@ The bound is the longer of two: the longest way, and all work on GPUs shared eve
 
 
 def main():
-    clusters = [[Machine(64, 512, 8) for _ in range(n)] for n in (1, 4, 8)]
+    clusters = [[Machine(64, 512, 8) for _ in range(n)] for n in (1, 3, 4, 8)]
     rows = pd.DataFrame([schedule("paper-human", machines) for machines in clusters])
     zero = pd.DataFrame([overhead(n) for n in (1000, 10_000)])
     text = TEXT.format(
         cpus=os.cpu_count(),
         cells=rows.pop("cells")[0],
-        schedules=rows.to_markdown(index=False, floatfmt=".3f"),
-        overheads=zero.to_markdown(index=False, floatfmt=".3f"),
+        schedules=rows.to_markdown(index=False, floatfmt=".4g"),
+        overheads=zero.to_markdown(index=False, floatfmt=".4g"),
     )
     write_text(published().folder / "pipeline.md", text)
     print(text)
