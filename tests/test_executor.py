@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from dpag.executor import End, Job, Local, Machine, Ray, within
 from dpag.progress import failure, slowness, still
-from dpag.schedule import Driver, NoBooks, Simulated, forecast, likely_seconds, longest_ways, read_times
+from dpag.schedule import (
+    Driver,
+    NoBooks,
+    Simulated,
+    forecast,
+    likely_seconds,
+    longest_ways,
+    read_times,
+    run_all,
+)
 
 PATHS = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
 
@@ -156,7 +165,7 @@ def driven(machines, graph=DIAMOND, times=TIMES, retries=0, jobs=None, **options
     executor = Recorded(machines, times, **options)
     jobs = jobs or {s: Job(s, "") for s in graph}
     driver = Driver(graph, jobs, times, executor, NoBooks(), retries)
-    driver.run()
+    run_all(driver)
     return driver, executor
 
 
@@ -344,7 +353,7 @@ def test_on_a_cluster_a_job_whose_node_is_killed_goes_on_on_another(tmp_path):
                 for q in killed:
                     q.kill()
 
-        driver.run(kill)
+        run_all(driver, kill)
         assert killed and driver.failed == [] and driver.done == set(graph)
         assert ("lost", "count") in driver.events and count.read_text(encoding="utf-8") == "40"
         said = (tmp_path / "count.log").read_text(encoding="utf-8")

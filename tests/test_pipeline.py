@@ -20,7 +20,7 @@ from dpag.books import DvcBooks
 from dpag.config import SettingsError
 from dpag.executor import Job, Local
 from dpag.files import read_text, root, write_text
-from dpag.schedule import Driver
+from dpag.schedule import Driver, run_all
 from dpag.settings import ExecutionConfig, Kind, NeedsConfig, load, validate
 
 DVC = yaml.safe_load(read_text(root() / "dvc.yaml"))["stages"]
@@ -305,7 +305,7 @@ def drive(folder):
         graph = pipeline.to_run(books.graph, books.changed())
         jobs = {s: Job(s, books.command(s), str(folder / f".dvc/tmp/{s}.log")) for s in graph}
         driver = Driver(graph, jobs, dict.fromkeys(graph, 1.0), Local(str(folder), {}, 2), books)
-        driver.run()
+        run_all(driver)
     return driver
 
 

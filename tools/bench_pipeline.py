@@ -12,7 +12,16 @@ from dpag.executor import Job, Machine
 from dpag.files import write_text
 from dpag.paths import published
 from dpag.plan import make_plan
-from dpag.schedule import Driver, NoBooks, Simulated, forecast, likely_seconds, longest_ways, read_times
+from dpag.schedule import (
+    Driver,
+    NoBooks,
+    Simulated,
+    forecast,
+    likely_seconds,
+    longest_ways,
+    read_times,
+    run_all,
+)
 from dpag.settings import load
 
 
@@ -61,7 +70,7 @@ def overhead(n: int, width: int = 100) -> dict:
     jobs, seconds = {s: Job(s, "") for s in graph}, dict.fromkeys(graph, 0.0)
     executor = Simulated([Machine(width, 1e6)], seconds)
     start = time.perf_counter()
-    Driver(graph, jobs, seconds, executor, NoBooks()).run()
+    run_all(Driver(graph, jobs, seconds, executor, NoBooks()))
     took = time.perf_counter() - start
     return {"stages": n, "seconds": took, "ms a stage": 1e3 * took / n}
 
