@@ -21,15 +21,16 @@ BENCH_PIP := $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-ch
 BENCH_UV := $(BENCH)/bin/uv pip install --quiet --system-certs --python $(BENCH)/bin/python
 LEROBOT := .lerobot-venv
 
-.PHONY: help demo repro test lint lab docs install bench lerobot hashes audit clean
+.PHONY: help demo repro ray test lint lab docs install bench lerobot hashes audit clean
 help:
 	@echo "make demo      two trained policies at work: films, in less than a minute after the installation"
-	@echo "make repro [PROFILE=smoke|laptop|workstation|interplay|paper|paper-core] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name]"
+	@echo "make repro [PROFILE=smoke|laptop|workstation|interplay|paper|paper-core] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name] [RAY=auto|ray://…] [DRY=1]"
 	@echo "               regenerate the tables, into results/runs"
 	@echo "make test      formatting, types, export check, notebooks, pytest"
 	@echo "make lint      formatting and types alone"
 	@echo "make lab       JupyterLab"
 	@echo "make docs      the site, into site/"
+	@echo "make ray       Ray, for RAY=…, into the environment"
 	@echo "make install   the environment, and the plan that dvc repro reads"
 	@echo "make bench     time acting and training beside lerobot, into results/bench.md [BENCH_ARGS=...]"
 	@echo "make lerobot   test LeRobot datasets and the plug-in beside lerobot itself, 0.3.3 and 0.4.4"
@@ -58,7 +59,10 @@ demo: $(READY)
 	@$(BIN)/python -m dpag.demo
 
 repro: $(READY)
-	@$(BIN)/python -m dpag.pipeline --profile $(PROFILE) --demos $(DEMOS) --jobs $(JOBS) --only "$(ONLY)"
+	@$(BIN)/python -m dpag.pipeline --profile $(PROFILE) --demos $(DEMOS) --jobs $(JOBS) --only "$(ONLY)" --ray "$(RAY)" --dry "$(DRY)"
+
+ray: $(READY)
+	$(UV) -e '.[ray]' || $(PIP) -e '.[ray]'
 
 lint: $(READY)
 	ruff format --check --quiet .

@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dpag import pipeline, plan, warm
+from dpag.books import DvcBooks
 from dpag.config import SettingsError
+from dpag.executor import Job, Local
 from dpag.files import read_text, root, write_text
-from dpag.settings import load
+from dpag.schedule import Driver, run_all
+from dpag.settings import ExecutionConfig, Kind, NeedsConfig, load, validate
 
 DVC = yaml.safe_load(read_text(root() / "dvc.yaml"))["stages"]
 
@@ -61,7 +65,8 @@ def python(folder, *args, **env):
 def test_pipeline_graph(project):
     "In a copy: the plan of a run that is at work in this folder is not the tests' to change."
     program = "import json; from dpag import pipeline as p; p.write_plan('laptop-scripted'); "
-    program += "print(json.dumps({s: sorted(needs) for s, needs in p.stage_graph().items()}))"
+    program += "graph = p.DvcBooks(p.root()).graph; "
+    program += "print(json.dumps({s: sorted(needs) for s, needs in graph.items()}))"
     out = python(project, "-c", program)
     assert out.returncode == 0, out.stderr
     graph = {stage: set(needs) for stage, needs in json.loads(out.stdout).items()}
@@ -173,37 +178,6 @@ def test_dvc_exp_run_changes_a_setting_and_leaves_params_valid(project):
 # make repro
 
 
-def failing(tmp_path, text):
-    class Failing(pipeline.Running):
-        def _launch(self):
-            self.tries += 1
-            self.log.write_text(text, encoding="utf-8")
-            self.process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
-
-    return Failing("train@x", tmp_path / "log")
-
-
-@pytest.mark.parametrize(
-    "text,tries",
-    [
-        (
-            "RuntimeError: CUDA error\nconsider passing CUDA_LAUNCH_BLOCKING=1\n\nERROR: failed to run\n",
-            1,
-        ),
-        ("BlockingIOError: [Errno 11] resource busy: block, lock, clock\n", 1),
-        ("ValueError: the text said: ERROR: Unable to acquire lock. Most likely another DVC\n", 1),
-        ("ERROR: Unable to acquire lock. Most likely another DVC process is running or was terminated\n", 20),
-        ("ERROR: 'data/x.zarr' is busy, it is being blocked by:\n  (PID 7): dvc repro\n", 20),
-    ],
-)
-def test_only_dvcs_own_lock_is_tried_again(text, tries, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.time, "sleep", lambda s: None)
-    r = failing(tmp_path, text)
-    while r.poll() is None:
-        r.process.wait()
-    assert r.tries == tries
-
-
 def test_a_second_profile_in_the_same_folder_is_refused_before_anything_is_touched(project):
     python(project, "-m", "dpag.plan", "--run", "laptop-scripted")
     before = read_text(project / "results/runs/stages.json"), read_text(project / "params.yaml")
@@ -217,13 +191,12 @@ def test_dvc_at_work_keeps_its_plan(tmp_path, monkeypatch):
     path = tmp_path / "stages.json"
     write_text(path, "of the run that is at work")
 
-    def busy():
+    def busy(folder):
         raise RuntimeError(pipeline.BUSY)
 
     monkeypatch.setattr(pipeline, "plan_path", lambda: path)
     monkeypatch.setattr(pipeline, "write_plan", lambda run: write_text(path, run))
-    monkeypatch.setattr(pipeline, "stage_graph", dict)
-    monkeypatch.setattr(pipeline, "changed_stages", busy)
+    monkeypatch.setattr(pipeline, "DvcBooks", busy)
     with pytest.raises(RuntimeError, match="at work in this folder"):
         pipeline.examine("smoke-scripted")
     assert read_text(path) == "of the run that is at work"
@@ -242,11 +215,9 @@ def test_a_part_that_does_not_exist_is_named(project):
 def test_it_works_without_git_in_any_locale_and_home(project, env):
     "A download as a ZIP."
     shutil.rmtree(project / ".git")
-    program = "from dpag import pipeline as p; p.settle_git(p.root()); p.write_plan('smoke-scripted'); "
-    program += "print(len(p.stage_graph()), len(p.changed_stages()))"
-    out = python(project, "-c", program, **env)
+    out = python(project, "-m", "dpag.pipeline", "--profile", "smoke", "--dry", "1", **env)
     assert out.returncode == 0, out.stderr
-    n, changed = map(int, out.stdout.split())
+    changed, n = map(int, re.match(r"smoke-scripted: (\d+) of (\d+) stages to run", out.stdout).groups())
     assert n == changed > 10
 
 
@@ -267,6 +238,145 @@ def test_git_does_not_see_what_a_run_leaves(project):
     ):
         write_text(project / name, "x")
     assert git(project, "status", "--porcelain") == ""
+
+
+def test_every_kind_of_stage_may_say_what_it_needs():
+    assert set(typing.get_args(Kind)) == set(DVC)
+    for wrong, said in (({"trian": {}}, "execution.needs.trian"), ({"train": {"gpus": 1.5}}, "whole number")):
+        with pytest.raises(SettingsError, match=said):
+            validate({"execution": {"needs": wrong}})
+
+
+def test_what_a_stage_needs_is_no_part_of_what_it_depends_on():
+    s = load("smoke-scripted")
+    more = s.model_copy(update={"execution": ExecutionConfig(needs={"train": NeedsConfig(cpus=7)})})
+    assert s.execution.needs["train"].gpus == 0.25 and plan.make_plan(s) == plan.make_plan(more)
+
+
+def test_dry_says_what_would_run_and_runs_nothing(project):
+    out = python(project, "-m", "dpag.pipeline", "--profile", "smoke", "--only", "data@", "--dry", "1")
+    assert out.returncode == 0, out.stderr
+    lines = out.stdout.splitlines()
+    assert re.match(r"smoke-scripted: 7 of \d+ stages to run, about \d+:\d\d:\d\d on \d+ cores", lines[0])
+    assert len(lines) == 8 and "settings (1 cores, 1 GB)" in lines[1]
+    assert not (project / "data").exists() and not (project / ".dvc/tmp/logs").exists()
+
+
+# DVC's books
+
+STAGES = """
+stages:
+  count:
+    cmd: mkdir -p many && seq $(cat n) > many/numbers && echo ran >> ../ran
+    deps: [n]
+    outs: [many]
+  add:
+    cmd: test "$(cat n)" != 13 && paste -sd+ many/numbers > sum && echo ran >> ../ran
+    deps: [many]
+    outs:
+      - sum: {cache: false}
+"""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    "A DVC project of two stages; each notes that it ran in the folder above."
+    folder = tmp_path / "small"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], check=True)
+    write_text(folder / "dvc.yaml", STAGES)
+    write_text(folder / "n", "4")
+    return folder
+
+
+def dvc(*args):
+    command = [sys.executable, "-m", "dvc", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def lock(folder):
+    return yaml.safe_load(read_text(folder / "dvc.lock"))
+
+
+def drive(folder):
+    "Run what there is to do, as `make repro` does."
+    with contextlib.closing(DvcBooks(folder)) as books:
+        graph = pipeline.to_run(books.graph, books.changed())
+        jobs = {s: Job(s, books.command(s), str(folder / f".dvc/tmp/{s}.log")) for s in graph}
+        driver = Driver(graph, jobs, dict.fromkeys(graph, 1.0), Local(str(folder), {}, 2), books)
+        run_all(driver)
+    return driver
+
+
+def n_runs(folder):
+    path = folder.parent / "ran"
+    return len(read_text(path).splitlines()) if path.exists() else 0
+
+
+def test_the_books_are_what_dvc_itself_would_have_written(small):
+    assert set(drive(small).ran) == {"count", "add"} and n_runs(small) == 2
+    ours, ours_cached = lock(small), sorted(p.name for p in (small / ".dvc/cache").rglob("*"))
+    assert dvc("status").strip() == "Data and pipelines are up to date."
+    assert drive(small).done == set()
+    (small / "dvc.lock").unlink()
+    shutil.rmtree(small / ".dvc/cache")
+    dvc("repro", "--force")
+    assert lock(small) == ours
+    assert sorted(p.name for p in (small / ".dvc/cache").rglob("*")) == ours_cached
+
+
+def test_what_comes_out_as_before_holds_nothing_up(small):
+    drive(small)
+    write_text(small / "dvc.yaml", STAGES.replace("seq $(cat n)", "true; seq $(cat n)"))
+    driver = drive(small)
+    assert set(driver.ran) == {"count"} and ("same", "add") in driver.events and n_runs(small) == 3
+    assert dvc("status").strip() == "Data and pipelines are up to date."
+
+
+def test_the_run_cache_is_used(small):
+    drive(small)
+    write_text(small / "n", "5")
+    drive(small)
+    write_text(small / "n", "4")
+    driver = drive(small)
+    assert set(driver.ran) == {"add"} and read_text(small / "sum") == "1+2+3+4\n"
+    assert dvc("status").strip() == "Data and pipelines are up to date."
+
+
+def test_a_stage_that_fails_leaves_the_others_in_dvc(small):
+    write_text(small / "n", "13")
+    driver = drive(small)
+    assert driver.failed == ["add"] and set(lock(small)["stages"]) == {"count"}
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "its input changed", "its result changed"])
+def test_a_stage_that_ended_after_the_driver_was_killed_need_not_run_again(meanwhile, small):
+    books = DvcBooks(small)
+    assert books.begin("count")
+    subprocess.run(books.command("count"), shell=True, check=True)
+    books.repo.close()  # killed: nobody has kept it
+    if meanwhile == "its input changed":
+        write_text(small / "n", "5")
+    elif meanwhile == "its result changed":
+        time.sleep(0.05)
+        write_text(small / "many/numbers", "by hand")
+    drive(small)
+    assert n_runs(small) == (2 if meanwhile == "nothing" else 3)
+    assert dvc("status").strip() == "Data and pipelines are up to date."
+    assert not list((small / ".dvc/tmp/dpag").iterdir())
+
+
+def test_a_person_who_uses_dvc_is_waited_for_except_at_the_beginning(small):
+    write_text(small / "dvc.yaml", STAGES.replace("cmd: test", "cmd: sleep 5 && test"))
+    program = "import sys, time; from dvc.repo import Repo\n"
+    program += "with Repo().lock:\n    print('held', flush=True)\n    time.sleep(6)"
+    person = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert person.stdout.readline() == "held\n"
+    with pytest.raises(RuntimeError, match="at work in this folder"):
+        DvcBooks(small).changed()
+    waiting = DvcBooks(small, wait=True)
+    assert waiting.begin("count") and person.wait(60) == 0
 
 
 # Starting warm
@@ -310,7 +420,6 @@ def test_every_stage_starts_warm():
     for name, stage in DVC.items():
         command = stage.get("do", stage)["cmd"].replace("${book}/", f"{book} ").split(" && ")[-1]
         assert command.startswith("python -m dpag.warm "), name
-    assert pipeline.DVC[1:] == ["-m", "dpag.warm", "dvc"]
 
 
 def test_the_caller_imports_nothing_that_takes_long():
