@@ -229,7 +229,7 @@ def _as_said(demos: Demonstrations) -> Demonstrations:
 
 @dataclass(frozen=True)
 class Reader:
-    "Reads another kind of data set: `read(path, keys)`, of a folder that `knows(path)`."
+    "Reads another kind of data set: `read(path, keys)`, of a folder or a file that `knows(path)`."
 
     name: str
     knows: Callable[[Path], bool]
@@ -237,12 +237,12 @@ class Reader:
     module: str
 
 
-READERS = Registry("reader", "dpag.readers", lambda: ["dpag.robot.recorder", "dpag.lerobot"])
+READERS = Registry("reader", "dpag.readers", lambda: ["dpag.robot.recorder", "dpag.lerobot", "dpag.hdf5"])
 
 
 def other_reader(path: Path) -> Reader | None:
-    "The reader of a folder that is no replay buffer; None where nobody knows it."
-    if not path.is_dir() or (path / "meta/episode_ends").exists():
+    "The reader of a folder or a file that is no replay buffer; None where nobody knows it."
+    if zipfile.is_zipfile(path) or (path / "meta/episode_ends").exists():
         return None
     return next((READERS[name] for name in READERS.names() if READERS[name].knows(path)), None)
 
@@ -254,7 +254,7 @@ def load_demonstrations(
     fill_missing: bool = False,
     memory: int | None = None,
 ) -> Demonstrations:
-    """Read a zarr folder or a zip that holds one, or a folder that a Reader knows. `keys` limits the arrays;
+    """Read a zarr folder or a zip that holds one, or what a Reader knows. `keys` limits the arrays;
     a dict `{key: dtype or None}` also says what to store them as. Arrays of images become bytes.
 
     A folder of this project is sealed, and read only if no file has changed. Of a store without a seal

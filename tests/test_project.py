@@ -36,6 +36,7 @@ FLOORS = [
         "streaming",
         "data",
         "lerobot",
+        "hdf5",
         "encoder",
         "noise_net",
         "diffusion",
