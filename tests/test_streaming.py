@@ -164,7 +164,7 @@ def test_what_is_drawn_ahead_comes_in_order_and_its_errors_too():
 TWO_HUNDRED_GB = r"""
 import re, sys
 import numpy as np, zarr
-path, steps = sys.argv[1], 7_300_000
+path, steps = sys.argv[1], 7_302_000
 store = zarr.open_group(path, mode="w", zarr_format=2)
 store.create_array("data/image", shape=(steps, 96, 96, 3), chunks=(256, 96, 96, 3), dtype="u1", fill_value=7)
 for key in ("position", "action"):
