@@ -69,7 +69,7 @@ lint: $(READY)
 	ruff check --quiet .
 	mypy dpag
 
-test: install lint
+test: install ray lint
 	@tools/check_export.sh
 	nbdev_test --n_workers $(JOBS) --timing
 	pytest

@@ -237,25 +237,26 @@ def attended(job: Job, folder: str, environment: dict[str, str]) -> int:
         raise
 
 
-def connect(address: str) -> Any:
-    """Ray, connected to a cluster (`auto`, `host:port`, `ray://…`) or to one started here (`local`). Raises
-    RuntimeError."""
+def connect(address: str) -> tuple[Any, str]:
+    """Ray, connected to a cluster (`auto`, `host:port`, `ray://…`) or to one started here (`local`), and
+    where its dashboard is, if it has one. Raises RuntimeError."""
     try:
         import ray
     except ImportError:
         raise RuntimeError(f"RAY={address}: Ray is not installed; pip install 'dpag[ray]' does it") from None
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
+        context = ray.init(address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError) as e:
         raise RuntimeError(f"RAY={address}: no cluster there ({' '.join(str(e).split())[:200]})") from None
-    return ray
+    return ray, f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 # %% ../nbs/12_executor.ipynb #163f453f
 class Ray:
     "Tasks of a Ray cluster."
 
     def __init__(self, folder: str, environment: dict[str, str], address: str):
-        self.ray, self.folder, self.environment = connect(address), folder, environment
+        self.ray, self.dashboard = connect(address)
+        self.folder, self.environment = folder, environment
         self.task = self.ray.remote(max_retries=0)(attended)
         self.running: dict[Any, Job] = {}
 

@@ -96,7 +96,10 @@ def executor_of(ray: str, jobs: int) -> Executor:
     if not ray:
         return Local(str(root()), SAME, jobs)
     paths = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
-    return Ray(str(root()), {**SAME, **paths}, ray)
+    cluster = Ray(str(root()), {**SAME, **paths}, ray)
+    if cluster.dashboard:
+        print(f"Ray's dashboard: {cluster.dashboard}")
+    return cluster
 
 
 def jobs_of(books: DvcBooks, stages: Iterable[str], execution: ExecutionConfig) -> dict[str, Job]:

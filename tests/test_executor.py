@@ -303,11 +303,11 @@ def test_the_kubernetes_file_is_of_this_projects_ray():
 
 # Ray
 
-ray_needed = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="pip install -e '.[ray]'")
+ray_needed = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="make ray")
 
 
-@pytest.mark.skipif(bool(importlib.util.find_spec("ray")), reason="Ray is installed")
-def test_without_ray_a_sentence_says_how_to_get_it():
+def test_without_ray_a_sentence_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RuntimeError, match=r"RAY=auto: Ray is not installed; pip install 'dpag\[ray\]'"):
         Ray("", {}, "auto")
 
