@@ -8,6 +8,7 @@ __all__ = ['GRACE', 'Job', 'End', 'Executor', 'Machine', 'within', 'guard', 'att
 
 # %% ../nbs/12_executor.ipynb #2c7edbb5
 import contextlib
+import logging
 import os
 import platform
 import select
@@ -245,7 +246,7 @@ def connect(address: str) -> tuple[Any, str]:
     except ImportError:
         raise RuntimeError(f"RAY={address}: Ray is not installed; pip install 'dpag[ray]' does it") from None
     try:
-        context = ray.init(address, log_to_driver=False, logging_level="ERROR")
+        context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as e:
         raise RuntimeError(f"RAY={address}: no cluster there ({' '.join(str(e).split())[:200]})") from None
     return ray, f"http://{context.dashboard_url}" if context.dashboard_url else ""
