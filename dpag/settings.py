@@ -28,7 +28,6 @@ from dpag.config import (
     Seeds,
     SettingsError,
     Strict,
-    changed,
     different,
     explain,
     fingerprint,
@@ -37,7 +36,7 @@ from dpag.config import (
 )
 from .files import read_text, root
 from .paths import demonstrations_path
-from .policy import METHODS, MethodConfig, PolicyConfig
+from .policy import METHODS, Acting, MethodConfig, PolicyConfig, acting_as
 from .robot.safety import RobotConfig
 from .rollouts import EvaluateConfig
 from .tasks.base import TASKS, TaskConfig
@@ -264,8 +263,7 @@ def check_cell(cell: CellSettings):
         raise SettingsError(f"{e} ({cell.method_name} on {cell.task_name})") from None
     for name, changes in cell.evaluate.acting.get(cell.method_name, {}).items():
         where = f"evaluate.acting.{cell.method_name}.{name}"
-        layered(type(cell.method), cell.method.model_dump(), changes, where=where)
-        changed(cell.policy, changes.get("policy", {}), where=f"{where}.policy")
+        acting_as(Acting(cell.method, cell.policy), changes, METHODS[cell.method.kind].policy.denoises, where)
 
 # %% ../nbs/09_settings.ipynb #b5cbf4f8
 MOST = 100_000  # values in a file, those that stand in aliases counted as often as they are used
