@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import Strict
 from .diffusion import Diffusion
 
-# %% ../nbs/05_residual.ipynb #caba248c
+# %% ../nbs/05_residual.ipynb #db274c9f
 class ResidualConfig(Strict):
     "Residual guidance when acting: an extension of the paper, for policies that denoise."
 
@@ -30,8 +30,9 @@ class ResidualConfig(Strict):
     with weights that decay (real-time chunking)."""
     most: Annotated[float, Field(gt=0, le=1000)] = 5.0
     "`chunk`: the guidance's weight is at most this (β; 5 in real-time chunking)."
-    reach: Annotated[float, Field(gt=0, le=1000)] = 0.1
-    "`latent`: how far a denoising step moves it at most, in units of σ."
+    reach: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """`latent`: how far a denoising step moves it at most, in units of σ. DP's σ is never trained: 0.1 is
+    better there."""
 
 # %% ../nbs/05_residual.ipynb #1e168ddc
 def still_known(

@@ -97,21 +97,23 @@ class SamplingConfig(Strict):
     ] = ["ddim", "dpm_solver"]
     "Samplers of those that denoise."
 
-# %% ../nbs/09_settings.ipynb #d4351e63
+# %% ../nbs/09_settings.ipynb #1345cfc3
 class ReplanningConfig(Strict):
     """How much it matters how often a policy plans again, with and without residual guidance (an extension of
     the paper). The states are those of `evaluate`."""
 
     tasks: dict[str, dict[str, Annotated[Seeds, Field(min_length=1)]]] = {}
     "`{task: {method: [training seeds]}}`, of those that are trained; none: it is not measured in this run."
-    n_states: Count = 100
+    n_states: Count = 50
     "Episodes of each, at most those of `evaluate`."
     every: Annotated[list[Count], AfterValidator(different), Field(min_length=1)] = [1, 2, 4, 8]
     "Numbers of actions that are executed of each plan."
     residual: Annotated[dict[Name, dict], Field(min_length=1)] = {
         "none": {},
         "latent": {"onto": "latent"},
+        "latent_tenth": {"onto": "latent", "reach": 0.1},
         "chunk": {"onto": "chunk"},
+        "chunk_executed": {"onto": "chunk", "known": "executed"},
     }
     "The ways to guide, by name: changes of ResidualConfig."
 

@@ -76,7 +76,7 @@ class NoisePredictor(NoiseNetPolicy):
         k = torch.randint(n_steps, (len(clean),), generator=generator, device=clean.device)
         return self.diffusion.add_noise(clean, noise, k), k, self.diffusion.target(clean, noise, k)
 
-# %% ../../nbs/methods/dp.ipynb #9de3a774
+# %% ../../nbs/methods/dp.ipynb #64be2230
 class Denoiser:
     """The function (noised, i) → output of the net at reverse step i, under a latent `(B, Z)` that begins at
     `mu`. Make one for each run.
@@ -100,18 +100,26 @@ class Denoiser:
         "The latent becomes `z`."
         self.z, self.of_latent = z, self.net.latent_part(z)
 
-    def output(self, noised: Tensor, i: int) -> Tensor:
-        "The output under the latent, and under the residual's guidance."
-        condition = self.of_steps[i] + self.of_latent
-        if self.residual is None:
-            return self.net.denoise(noised, condition)
-        if self.residual.config.onto == "chunk":
-            return self.residual.guided(self.net, noised, i, condition)
-        out, pull = self.net.vjp(noised, condition)
-        way = self.sigma * self.residual.step(self.net, self.z, noised, i, out, pull)
+    def move_both(self, way: Float[Tensor, "batch latent"]):
+        "Mean and latent move by `way`."
+        evolved = None if self.z is self.mu else self.z + way
         self.mu = self.mu + way
         self.of_mu = self.net.latent_part(self.mu)
-        self.move(self.z + way)
+        if evolved is None:
+            self.z, self.of_latent = self.mu, self.of_mu
+        else:
+            self.move(evolved)
+
+    def output(self, noised: Tensor, i: int) -> Tensor:
+        "The output under the latent, and under the residual's guidance."
+        condition, guide = self.of_steps[i] + self.of_latent, self.residual
+        last = i + 1 == len(self.steps)  # its latent has no next one
+        if guide is None or (last and guide.config.onto == "latent"):
+            return self.net.denoise(noised, condition)
+        if guide.config.onto == "chunk":
+            return guide.guided(self.net, noised, i, condition)
+        out, pull = self.net.vjp(noised, condition)
+        self.move_both(self.sigma * guide.step(self.net, self.z, noised, i, out, pull))
         return out
 
     def __call__(
