@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpag.config import SettingsError, generator
-from dpag.methods.dp_ag import DPAGConfig
+from dpag.export import check_exportable
 from dpag.noise_net import UNetConfig
 from dpag.paths import Cell, published
 from dpag.plan import make_plan
@@ -147,20 +147,19 @@ def test_a_trained_policy_agrees_better_with_what_is_known(method, onto):
     assert apart({"onto": onto, "reach": 10.0}) < {"chunk": 0.7, "latent": 0.95}[onto] * free
 
 
-@METHOD
 @ONTO
 @pytest.mark.parametrize("net", [None, UNET], ids=["mlp", "unet"])
-@pytest.mark.parametrize("evolve", ["every", "lagged", "carried"])
+@pytest.mark.parametrize(
+    "method,evolve", [("dp", ""), *(("dp_ag", e) for e in ("every", "lagged", "carried"))]
+)
 def test_no_row_knows_of_the_others(small, shapes, dataset, method, onto, net, evolve):
     """A whole run, step by step: six rows at once, and each alone; the rows know different parts. In 64 bits,
     since a net that is not trained makes much of a rounding."""
-    if method == "dp" and evolve != "every":
-        pytest.skip("DP's latent does not evolve")
     policy = make(small, shapes, dataset, method, **({"net": net} if net else {}))
     known = known_of(policy, observations(dataset)).double()
     policy.double().act_as({"residual": {"onto": onto}})
-    if method == "dp_ag":
-        policy.method = DPAGConfig(guidance={"evolve": evolve})
+    if evolve:
+        policy.act_as({"guidance": {"evolve": evolve}})
     obs = {k: v.double() for k, v in observations(dataset).items()}
     noised = torch.randn(8, 6, 16, 2, generator=generator("n"), dtype=torch.float64)
     known[2] = torch.nan
@@ -199,6 +198,44 @@ def test_an_actor_and_a_batch_do_the_same(small, shapes, dataset, method, onto):
         np.testing.assert_array_equal(made, expected[:5])
         actor.reset()
         assert actor.known is None
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_a_chunk_is_moved_no_further_than_it_is_off(small, shapes, dataset, prediction):
+    "And never by nothing, at any step: in terms of the clean chunk that the outputs imply."
+    settings = {"diffusion": small.diffusion.model_copy(update={"prediction": prediction})}
+    policy, obs = make(small, shapes, dataset, **settings), observations(dataset)
+    known = known_of(policy, obs)
+    policy.act_as({"residual": {"onto": "chunk"}})
+    with torch.inference_mode():
+        free, guided = policy.predictor(obs), policy.predictor(obs, known=known)
+        for i, step in enumerate(policy.diffusion.steps):
+            noised = torch.randn(6, 16, 2, generator=generator("n", i))
+            out = free(noised, i)
+            way = (step.clean[1] * (guided(noised, i) - out)).flatten(1).norm(dim=1)
+            off = guided.residual.missing(noised, i, out).flatten(1).norm(dim=1)
+            assert (way <= 1.001 * off + 1e-4).all() and ((way > 0) == (off > 0)).all()
+
+
+@METHOD
+@ONTO
+def test_what_is_only_planned_can_be_left_aside(small, shapes, dataset, method, onto):
+    policy, obs = make(small, shapes, dataset, method), observations(dataset)
+    known = known_of(policy, obs)
+    other = known.clone()
+    other[:, 1:] += 20  # px
+    plans = {}
+    for which in ("executed", "planned"):
+        policy.act_as({"residual": {"onto": onto, "known": which}})
+        plans[which] = [policy.replan(obs, generator("a"), k)[0] for k in (known, other)]
+    assert torch.equal(*plans["executed"]) and not torch.equal(*plans["planned"])
+
+
+def test_it_is_no_part_of_an_exported_policy(small, shapes, dataset):
+    policy = make(small, shapes, dataset)
+    check_exportable(policy)
+    with pytest.raises(ValueError, match="residual.onto = 'chunk' cannot be exported: allowed is none"):
+        check_exportable(policy.act_as({"residual": {"onto": "chunk"}}))
 
 
 # In rollouts
