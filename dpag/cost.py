@@ -90,7 +90,7 @@ def training_work(policy: ChunkPolicy, dataset: WindowDataset) -> Work:
 def acting_work(policy: ChunkPolicy, dataset: WindowDataset) -> Work:
     "What acting takes, for one episode. Of those that denoise two steps are counted."
     obs, n = dataset.batch(1, generator("cost"))["obs"], 1.0
-    if hasattr(policy, "diffusion"):
+    if policy.denoises:
         n = policy.settings.diffusion.n_sample_steps / 2
         policy.act_as({"policy": {"diffusion": {"n_sample_steps": 2}}})
     with torch.no_grad():

@@ -79,6 +79,11 @@ def check_exportable(policy: ChunkPolicy):
             f"guidance.evolve = {evolve!r} cannot be exported: allowed are {', '.join(EVOLUTIONS)}, whose "
             "latents draw no noise of their own"
         )
+    if policy.residual.onto != "none":
+        raise ValueError(
+            f"residual.onto = {policy.residual.onto!r} cannot be exported: allowed is none, which asks for "
+            "nothing of the plan before"
+        )
 
 # %% ../nbs/16_export.ipynb #33eb20b4
 def follow_all(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_CODE', 'EXPERIMENTS', 'source_of', 'code_of', 'imported', 'closure', 'code', 'wanted_cells', 'data_stage',
-           'cell_stage', 'study_stage', 'studies', 'sampling_stages', 'make_plan', 'plan_path', 'stage_names',
-           'read_plan', 'write_plan', 'main']
+           'cell_stage', 'study_stage', 'studies', 'sampling_stages', 'replanning_stages', 'make_plan', 'plan_path',
+           'stage_names', 'read_plan', 'write_plan', 'main']
 
 # %% ../nbs/12_plan.ipynb #7f0e3ea4
 import argparse
@@ -184,6 +184,19 @@ def sampling_stages(settings: Settings, cells: list[Cell]) -> dict[str, dict]:
     return stages
 
 
+def replanning_stages(settings: Settings, cells: list[Cell]) -> dict[str, dict]:
+    "The stages that measure how often to plan again, one for each task that is trained."
+    stages, run, s = {}, settings.run, settings.replanning
+    for task, methods in s.tasks.items():
+        if any(c.task == task and c.train_seed in methods.get(c.method, []) for c in cells):
+            kinds = {settings.method(method).kind for method in methods}
+            modules = [TASKS[task].module, *sorted(METHODS[kind].module for kind in kinds)]
+            parts = {"task": task, "settings": {**s.model_dump(mode="json"), "tasks": {task: methods}}}
+            notebook = f"{EXPERIMENTS}/e10_replanning.ipynb"
+            stages[f"{run}-{task}"] = {"run": run, **parts, "code": code(notebook, *modules)}
+    return stages
+
+
 def make_plan(settings: Settings) -> dict:
     "The plan of a run: what `dvc.yaml` reads."
     cells, run = wanted_cells(settings), settings.run
@@ -197,6 +210,7 @@ def make_plan(settings: Settings) -> dict:
         "cells": {f"{run}-{c.name}": cell_stage(settings, c) for c in cells},
         "lab": {f"{run}-{c.name}": stage for c, stage in lab.items()},
         "sampling": sampling_stages(settings, cells),
+        "replanning": replanning_stages(settings, cells),
         **studies(settings, cells),
     }
 

@@ -110,14 +110,15 @@ WARM_UP = 3  # acts that are not timed
 
 
 def act_latency(policy, obs: dict, repeats: int) -> tuple[float, float]:
-    """Median and 99th percentile in ms of `policy.act` on one observation, after WARM_UP acts on it that are
-    not timed; nan without repeats."""
+    """Median and 99th percentile in ms of `policy.replan` on one observation, after WARM_UP acts on it that
+    are not timed; nan without repeats."""
     if not repeats:
         return float("nan"), float("nan")
-    times, g = [], generator("latency", device=next(iter(obs.values())).device)
+    times, known, g = [], None, generator("latency", device=next(iter(obs.values())).device)
     for _ in range(WARM_UP + repeats):
         start = time.perf_counter()
-        policy.act(obs, g).cpu()
+        actions, known = policy.replan(obs, g, known)
+        actions.cpu()
         times.append(1e3 * (time.perf_counter() - start))
     p50, p99 = np.percentile(times[WARM_UP:], [50, 99])
     return float(p50), float(p99)
@@ -136,20 +137,25 @@ class Protocol:
 
 @dataclass
 class _Chunk:
-    "The actions `(episodes, n, D)` that were planned last, how many are used up, and whose row is whose."
+    """The actions `(episodes, n, D)` that were planned last, how many are used up, and whose row is whose;
+    what is then known of the next plan, for a policy that asks for it."""
 
     actions: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0)))
     used: int = 0
     rows: dict[int, int] = field(default_factory=dict)
+    known: torch.Tensor | None = None
 
     @property
     def left(self) -> int:
         return self.actions.shape[1] - self.used
 
 
-def _plan(policy, active: list[_Episode], noise: torch.Generator, device) -> _Chunk:
-    actions = policy.act(stack_observations([e.recent for e in active], device), noise).cpu().numpy()
-    return _Chunk(actions, 0, {id(e): i for i, e in enumerate(active)})
+def _plan(policy, active: list[_Episode], noise: torch.Generator, device, last: _Chunk) -> _Chunk:
+    obs, known = stack_observations([e.recent for e in active], device), last.known
+    if known is not None:
+        known = known[[last.rows[id(e)] for e in active]]
+    actions, known = policy.replan(obs, noise, known)
+    return _Chunk(actions.cpu().numpy(), 0, {id(e): i for i, e in enumerate(active)}, known)
 
 # %% ../nbs/09_rollout.ipynb #8752ab75
 def _run_wave(
@@ -163,7 +169,7 @@ def _run_wave(
                 break
             start = time.perf_counter()
             if not chunk.left:
-                chunk = _plan(policy, active, noise, protocol.device)
+                chunk = _plan(policy, active, noise, protocol.device, chunk)
             acted, observing = time.perf_counter(), chunk.left <= protocol.n_obs_steps
             spent["steps"] += len(active)
             active = [

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Kind', 'RunName', 'MOST', 'EXPONENT', 'RUN', 'CellSettings', 'data_settings', 'AblationConfig', 'SamplingConfig',
-           'NeedsConfig', 'ExecutionConfig', 'Sections', 'Settings', 'cell_settings', 'check_cell', 'n_values',
-           'read_tree', 'profiles', 'for_source', 'check_by_demos', 'validate', 'check', 'check_sampling', 'own_tree',
-           'profile_tree', 'load', 'parse_run', 'check_source', 'cell_doubts', 'doubts', 'changed_by_hand', 'own_run',
-           'demonstrations_of', 'data_stage_settings', 'check_parameters']
+           'ReplanningConfig', 'NeedsConfig', 'ExecutionConfig', 'Sections', 'Settings', 'cell_settings', 'check_cell',
+           'check_acting', 'n_values', 'read_tree', 'profiles', 'for_source', 'check_by_demos', 'validate', 'check',
+           'check_sampling', 'check_replanning', 'own_tree', 'profile_tree', 'load', 'parse_run', 'check_source',
+           'cell_doubts', 'doubts', 'changed_by_hand', 'own_run', 'demonstrations_of', 'data_stage_settings',
+           'check_parameters']
 
 # %% ../nbs/09_settings.ipynb #6fb3cae2
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -28,7 +30,6 @@ from dpag.config import (
     Seeds,
     SettingsError,
     Strict,
-    changed,
     different,
     explain,
     fingerprint,
@@ -37,7 +38,7 @@ from dpag.config import (
 )
 from .files import read_text, root
 from .paths import demonstrations_path
-from .policy import METHODS, MethodConfig, PolicyConfig
+from .policy import METHODS, Acting, MethodConfig, PolicyConfig, acting_as
 from .robot.safety import RobotConfig
 from .rollouts import EvaluateConfig
 from .tasks.base import TASKS, TaskConfig
@@ -96,6 +97,26 @@ class SamplingConfig(Strict):
     ] = ["ddim", "dpm_solver"]
     "Samplers of those that denoise."
 
+# %% ../nbs/09_settings.ipynb #1345cfc3
+class ReplanningConfig(Strict):
+    """How much it matters how often a policy plans again, with and without residual guidance (an extension of
+    the paper). The states are those of `evaluate`."""
+
+    tasks: dict[str, dict[str, Annotated[Seeds, Field(min_length=1)]]] = {}
+    "`{task: {method: [training seeds]}}`, of those that are trained; none: it is not measured in this run."
+    n_states: Count = 50
+    "Episodes of each, at most those of `evaluate`."
+    every: Annotated[list[Count], AfterValidator(different), Field(min_length=1)] = [1, 2, 4, 8]
+    "Numbers of actions that are executed of each plan."
+    residual: Annotated[dict[Name, dict], Field(min_length=1)] = {
+        "none": {},
+        "latent": {"onto": "latent"},
+        "latent_tenth": {"onto": "latent", "reach": 0.1},
+        "chunk": {"onto": "chunk"},
+        "chunk_executed": {"onto": "chunk", "known": "executed"},
+    }
+    "The ways to guide, by name: changes of ResidualConfig."
+
 # %% ../nbs/09_settings.ipynb #a742fef4
 Kind = Literal[
     "settings",
@@ -106,6 +127,7 @@ Kind = Literal[
     "lab",
     "continuity",
     "sampling",
+    "replanning",
     "left_out",
     "spirals",
     "report",
@@ -170,6 +192,8 @@ class Sections(Strict):
     "The irregular spirals."
     sampling: SamplingConfig = SamplingConfig()
     "How many denoising steps are needed."
+    replanning: ReplanningConfig = ReplanningConfig()
+    "How often to plan again."
     execution: ExecutionConfig = ExecutionConfig()
     "What stages need of a machine."
     robot: RobotConfig = RobotConfig()
@@ -263,9 +287,13 @@ def check_cell(cell: CellSettings):
     except ValueError as e:
         raise SettingsError(f"{e} ({cell.method_name} on {cell.task_name})") from None
     for name, changes in cell.evaluate.acting.get(cell.method_name, {}).items():
-        where = f"evaluate.acting.{cell.method_name}.{name}"
-        layered(type(cell.method), cell.method.model_dump(), changes, where=where)
-        changed(cell.policy, changes.get("policy", {}), where=f"{where}.policy")
+        check_acting(cell, changes, f"evaluate.acting.{cell.method_name}.{name}")
+
+
+def check_acting(cell: CellSettings, changes: dict, where: str):
+    "Raise SettingsError, which begins with `where`, for a way in which a cell's policy cannot act."
+    denoises = METHODS[cell.method.kind].policy.denoises
+    acting_as(Acting(cell.method, cell.policy), changes, denoises, where)
 
 # %% ../nbs/09_settings.ipynb #b5cbf4f8
 MOST = 100_000  # values in a file, those that stand in aliases counted as often as they are used
@@ -373,6 +401,7 @@ def check(settings: Settings):
         if unknown:
             raise SettingsError(f"{where} names the methods {unknown}; allowed are {sorted(known)}")
     check_sampling(settings)
+    check_replanning(settings)
     check_by_demos(settings)
 
 
@@ -390,8 +419,25 @@ def check_sampling(settings: Settings):
                 f"evaluate.first_seed = {first}: steps are not chosen on the states that are scored"
             )
 
+# %% ../nbs/09_settings.ipynb #8c3e17f0
+def check_replanning(settings: Settings):
+    "Raise SettingsError for what is not trained in this run, or cannot act in the ways that are asked for."
+    s = settings.replanning
+    for task, methods in s.tasks.items():
+        for method, seeds in methods.items():
+            if absent := sorted(set(seeds) - set(settings.pipeline.get(task, {}).get(method, []))):
+                raise SettingsError(
+                    f"replanning.tasks.{task}.{method} = {absent}: pipeline trains no such seeds"
+                )
+            cell = settings.cell(task, method)
+            if s.n_states > cell.evaluate.n_episodes:
+                most = f"at most evaluate.n_episodes = {cell.evaluate.n_episodes} of {task}"
+                raise SettingsError(f"replanning.n_states = {s.n_states}: {most}")
+            for every, residual in itertools.product(s.every, s.residual.values()):
+                check_acting(cell, {"policy": {"n_action_steps": every}, "residual": residual}, "replanning")
+
 # %% ../nbs/09_settings.ipynb #f4ca2916
-RUN = ("pipeline", "ablation", "sampling")  # the sections that say what is run
+RUN = ("pipeline", "ablation", "sampling", "replanning")  # the sections that say what is run
 
 
 def own_tree(profile: str, folder: Path, below: tuple[str, ...] = ()) -> dict:

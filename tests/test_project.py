@@ -43,6 +43,7 @@ FLOORS = [
     ),
     *(
         "guidance",
+        "residual",
         "policy",
         *(f"methods.{m}" for m in METHODS),
         "validation",
