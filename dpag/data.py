@@ -10,6 +10,7 @@ __all__ = ['SCHEMA', 'READERS', 'READ_AHEAD', 'STEADY', 'Shapes', 'whole_ends', 
 
 # %% ../nbs/01_data.ipynb #097c9705
 import argparse
+import copy
 import hashlib
 import sys
 import zipfile
@@ -387,6 +388,13 @@ class WindowDataset:
 
     def __len__(self) -> int:
         return len(self.idx)
+
+    def to(self, device) -> "WindowDataset":
+        "The same windows, on `device`."
+        moved = copy.copy(self)
+        moved.obs, moved.device = {k: a.to(device) for k, a in self.obs.items()}, device
+        moved.action, moved.idx, moved.owner = (a.to(device) for a in (self.action, self.idx, self.owner))
+        return moved
 
     def gather(self, which: torch.Tensor, keys: Iterable[str] | None = None) -> dict:
         """Windows by number: obs `(B, n_obs_steps, …)` as stored (`keys` limits which), action `(B,

@@ -99,6 +99,10 @@ class TensorOnDisk:
             raise ValueError(f"dim = {dim}: steps are along 0")
         return torch.from_numpy(self.array.take(index.cpu().numpy())).to(self.device)
 
+    def to(self, device) -> "TensorOnDisk":
+        "The same, whose steps are moved to `device`."
+        return TensorOnDisk(self.array, device)
+
 # %% ../nbs/01_streaming.ipynb #d4083f68
 def stays_on_disk(stored: zarr.Array, memory: int | None) -> bool:
     "Whether an array of frames `(T, H, W, 3)` of bytes has more than `memory` bytes."
