@@ -79,7 +79,7 @@ def follow(index: int, n: int, folder: str, cpu: bool, work: Work):
         work = work.at(state.device)
         work.train(work.model, work.dataset, work.settings, **work.how)
 
-# %% ../nbs/08_parallel.ipynb #42665f25
+# %% ../nbs/08_parallel.ipynb #809fb8a4
 GRACE = 10.0  # seconds in which a process whose message failed finds out whose fault it was
 
 
@@ -88,7 +88,10 @@ def ended(others: ProcessContext, seconds: float | None = None) -> bool:
     try:
         return others.join(seconds, grace_period=1)
     except (ProcessExitedException, ProcessRaisedException) as e:
-        how = getattr(e, "signal_name", None) or str(e).strip().splitlines()[-1]
+        if isinstance(e, ProcessExitedException):
+            how = e.signal_name or f"exit status {e.exit_code}"
+        else:
+            how = str(e).strip().splitlines()[-1]
         raise RuntimeError(
             f"process {e.error_index + 1} of this training ended: {how}; started again, it goes on from the "
             "last resume file"
@@ -116,15 +119,15 @@ def led(work: Work, n: int, *, cpu: bool) -> Iterator[None]:
                 process.kill()
                 process.join()
 
-# %% ../nbs/08_parallel.ipynb #790ed6a0
+# %% ../nbs/08_parallel.ipynb #02f73723
 def check_processes(model: nn.Module, n: int) -> torch.device:
-    """The device of a model that `n` processes can train. Raises RuntimeError without accelerate, SettingsError
-    for fewer GPUs than processes, and ValueError as `check_parts` does."""
+    """The device of a model that `n` processes can train. Raises RuntimeError without accelerate,
+    SettingsError for fewer GPUs than processes, and ValueError as `check_parts` does."""
     check_parts(model, n)
     device = next(model.parameters()).device
     if device.type == "cuda" and torch.cuda.device_count() < n:
         raise SettingsError(
-            f"train.processes = {n}: there are {torch.cuda.device_count()} GPUs, one for each is needed"
+            f"train.processes = {n}: one GPU for each is needed, there are {torch.cuda.device_count()}"
         )
     if importlib.util.find_spec("accelerate") is None:
         raise RuntimeError(
@@ -134,8 +137,8 @@ def check_processes(model: nn.Module, n: int) -> torch.device:
 
 
 def in_processes(train: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate `train(model, dataset, settings, *, seed, validation, …)`: it then runs in
-    `settings.processes` processes, and the first one's result is given. Raises as `check_processes` and `led`."""
+    """Decorate `train(model, dataset, settings, *, seed, validation, …)`: it runs in `settings.processes`
+    processes, and the first one's result is given. Raises as `check_processes` and `led` do."""
 
     @functools.wraps(train)
     def started(model, dataset, settings, **how):

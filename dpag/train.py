@@ -36,7 +36,7 @@ from .config import Count, SettingsError, Strict, generator, reseed
 from .data import WindowDataset, batches_ahead
 from .files import DamagedError, arrays_checksum, atomic, set_aside, sweep, write_text
 from .parallel import here, in_processes
-from .parts import Part
+from .parts import ALONE, Part
 from .policy import MethodConfig, PolicyConfig
 from .streaming import Ahead
 from .validation import Terms, Validation
@@ -374,7 +374,7 @@ def check_finite(run: Run, dataset, settings: TrainConfig, *, seed: int):
     if fault is not None:
         step, terms = fault
         shown = ", ".join(f"{k} = {v.item():.4g}" for k, v in terms.items())
-        batch = draw_batch(run, dataset, settings, seed=seed, step=step, part=Part())
+        batch = draw_batch(run, dataset, settings, seed=seed, step=step, part=ALONE)
         episodes = sorted(set(batch["episode"].tolist()))
         raise FloatingPointError(
             f"the loss or its gradient is not finite at step {step}: {shown}; "
