@@ -17,7 +17,9 @@ from dpag.methods.flow_policy import FlowPolicyConfig
 from dpag.methods.ibc import IBCConfig
 from dpag.parallel import here, in_processes
 from dpag.parts import Part, WholeDraws, check_parts, whole
+from dpag.plan import make_plan, processes_of
 from dpag.policy import build_policy
+from dpag.settings import NeedsConfig, load
 from dpag.train import TrainConfig, fit, plain_fingerprint, read_state, trained_with
 
 STEPS, SAME = 20, 1e-5
@@ -84,8 +86,8 @@ def every_case(model, dataset, settings, *, seed=0, validation=None, folder=None
     return {**found, "resumed": train(settings, "dp_ag, pictures", folder=folder)}
 
 
-# In front of a softmax or a norm, which takes them out again: the loss does not depend on them. Their gradient is
-# rounding, of which AdamW makes whole steps.
+# In front of a softmax or a norm, which takes them out again: the loss does not depend on them. Their
+# gradient is rounding, of which AdamW makes whole steps.
 FREE = ("backbone.7.bias", "backbone.8.bias", "energy.rest.7.bias", "self_attn.in_proj_bias")
 
 
@@ -217,3 +219,19 @@ def test_the_number_of_processes_is_not_part_of_what_is_trained():
     assert trained_with(TRAIN) == trained_with(two)
     policy, dataset = build(*CASES["dp"])
     assert plain_fingerprint(policy, dataset, TRAIN) == plain_fingerprint(policy, dataset, two)
+
+
+def test_a_stage_gets_a_gpu_for_each_process():
+    quarter, none = NeedsConfig(cpus=2.0, gpus=0.25, memory=4.0), NeedsConfig()
+    assert quarter.times(3) == NeedsConfig(cpus=6.0, gpus=3.0, memory=12.0)
+    assert (none.times(2).gpus, quarter.times(1), NeedsConfig(gpus=2.0).times(2).gpus) == (0.0, quarter, 4.0)
+
+
+def test_only_the_training_that_asks_for_it_is_in_several_processes():
+    settings = load("laptop-scripted")
+    several = changed(settings, {"tasks": {"pusht_img": {"train": {"processes": 2}}}})
+    found = processes_of(several)
+    assert {stage for stage, n in found.items() if n == 2} == {
+        f"train@laptop-scripted-pusht_img-{method}-s0" for method in ("dp", "dp_ag")
+    }
+    assert make_plan(several) == make_plan(settings)

@@ -30,6 +30,8 @@ FLOORS = [
         "books",
         "progress",
         "config",
+        "parts",
+        "parallel",
         "paths",
         "provenance",
         "oddities",
