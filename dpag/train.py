@@ -90,8 +90,9 @@ class TrainConfig(Strict):
     threads: Annotated[int, Field(gt=0, le=1024)] = 1
     "CPU threads of the process."
     processes: Annotated[int, Field(gt=0, le=64)] = 1
-    """Processes that share each batch, on a GPU each where there are any. The weights are those of one up to
-    rounding (1e-5 after 20 steps), and count as the same. Twice as many must divide `batch_size`."""
+    """Processes that share each batch, on a GPU each where there are any. The losses are those of one process
+    up to rounding, which grows with the steps (1e-5 after 20), and the run counts as the same. Twice as many
+    must divide `batch_size`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the products in the loss; the weights are 32-bit. `auto` is bfloat16 on a GPU and float32 on a CPU,
     where convolutions gain by bfloat16 if the processor has it."""
