@@ -28,6 +28,10 @@ class ChunkCache:
         self._kept: OrderedDict[Any, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __reduce__(self):
+        "Another process gets an empty one."
+        return ChunkCache, (self.budget,)
+
     def get(self, name, read: Callable[[], np.ndarray]) -> np.ndarray:
         "The chunk `name`; by `read()` where it is not kept."
         with self._lock:

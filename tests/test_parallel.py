@@ -1,6 +1,7 @@
 "One training in several processes: the same loss and the same weights as in one, whoever dies."
 
 import os
+import pickle
 import signal
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from dpag.config import SettingsError, changed, generator, layered
-from dpag.data import WindowDataset
+from dpag.data import Demonstrations, WindowDataset, load_demonstrations, save_demonstrations
 from dpag.methods.bet import BETConfig
 from dpag.methods.dp import DPConfig
 from dpag.methods.dp_ag import DPAGConfig
@@ -20,6 +21,7 @@ from dpag.parts import Part, WholeDraws, check_parts, whole
 from dpag.plan import make_plan, processes_of
 from dpag.policy import build_policy
 from dpag.settings import NeedsConfig, load
+from dpag.streaming import TensorOnDisk
 from dpag.train import TrainConfig, fit, plain_fingerprint, read_state, trained_with
 
 STEPS, SAME = 20, 1e-5
@@ -180,6 +182,24 @@ def test_parts_of_a_batch_have_different_windows():
     expected = dataset.batch(16, generator("batch"))["action"]
     assert torch.equal(torch.stack(drawn, 1).flatten(0, 1), expected)
     assert torch.equal(whole(expected), expected)
+
+
+@pytest.mark.parametrize("memory", [None, 100_000])
+def test_data_go_to_another_process_whether_in_memory_or_on_the_disk(memory, tmp_path):
+    rng, n = np.random.default_rng(0), 60
+    image, position = (
+        rng.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8),
+        rng.normal(size=(n, 2)).astype("f4"),
+    )
+    arrays = {"image": image, "position": position, "action": position}
+    save_demonstrations(Demonstrations(arrays, np.array([30, 60])), tmp_path / "z")
+    steps = {"horizon": 8, "n_obs_steps": 2, "n_action_steps": 4}
+    here_is = WindowDataset.of(load_demonstrations(tmp_path / "z", memory=memory), **steps)
+    assert isinstance(here_is.obs["image"], TensorOnDisk) == (memory is not None)
+    there = pickle.loads(pickle.dumps(here_is)).to("cpu")
+    one, other = (d.batch(9, generator("b")) for d in (here_is, there))
+    assert torch.equal(one["action"], other["action"])
+    assert all(torch.equal(one["obs"][k], other["obs"][k]) for k in one["obs"])
 
 
 class Careless(nn.Module):
