@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRACE', 'here', 'joined', 'Work', 'follow', 'ended', 'led', 'check_processes', 'in_processes']
 
-# %% ../nbs/08_parallel.ipynb #5db3b519
+# %% ../nbs/08_parallel.ipynb #2ce9fc91
 import contextlib
 import copy
 import functools
@@ -26,6 +26,7 @@ from torch.multiprocessing import (
 )
 
 from .config import SettingsError
+from .data import WindowDataset, windows_at
 from .parts import _HERE, Part, check_parts
 from .workers import end_with_parent
 
@@ -52,7 +53,7 @@ def joined(part: Part, meeting: str, *, cpu: bool, threads: int) -> Iterator[Any
             state.destroy_process_group()
             PartialState._reset_state()  # it would be the same one in the next training
 
-# %% ../nbs/08_parallel.ipynb #9bb6a410
+# %% ../nbs/08_parallel.ipynb #5c2d4f40
 class Work(NamedTuple):
     "`train(model, dataset, settings, **how)`, as it goes to another process."
 
@@ -64,9 +65,12 @@ class Work(NamedTuple):
 
     def at(self, device: torch.device | str) -> "Work":
         "The same with model and data on a device."
-        model, dataset = (x.to(device) if hasattr(x, "to") else x for x in (self.model, self.dataset))
+        dataset = self.dataset
+        if isinstance(dataset, WindowDataset):  # others know where their batches are to be
+            dataset = windows_at(dataset, device)
         aside = None if self.how["validation"] is None else dataset
-        return self._replace(model=model, dataset=dataset, how={**self.how, "validation": aside})
+        how = {**self.how, "validation": aside}
+        return self._replace(model=self.model.to(device), dataset=dataset, how=how)
 
 
 def follow(index: int, n: int, folder: str, cpu: bool, work: Work):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpag.config import SettingsError, changed, generator, layered
-from dpag.data import Demonstrations, WindowDataset, load_demonstrations, save_demonstrations
+from dpag.data import Demonstrations, WindowDataset, load_demonstrations, save_demonstrations, windows_at
 from dpag.methods.bet import BETConfig
 from dpag.methods.dp import DPConfig
 from dpag.methods.dp_ag import DPAGConfig
@@ -196,7 +196,7 @@ def test_data_go_to_another_process_whether_in_memory_or_on_the_disk(memory, tmp
     steps = {"horizon": 8, "n_obs_steps": 2, "n_action_steps": 4}
     here_is = WindowDataset.of(load_demonstrations(tmp_path / "z", memory=memory), **steps)
     assert isinstance(here_is.obs["image"], TensorOnDisk) == (memory is not None)
-    there = pickle.loads(pickle.dumps(here_is)).to("cpu")
+    there = windows_at(pickle.loads(pickle.dumps(here_is)), "cpu")
     one, other = (d.batch(9, generator("b")) for d in (here_is, there))
     assert torch.equal(one["action"], other["action"])
     assert all(torch.equal(one["obs"][k], other["obs"][k]) for k in one["obs"])
