@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -27,10 +28,13 @@ from torch.multiprocessing import (
 
 from .config import SettingsError
 from .data import WindowDataset, windows_at
-from .parts import _HERE, Part, check_parts
+from .parts import ALONE, Part, check_parts
 from .workers import end_with_parent
 
 # %% ../nbs/08_parallel.ipynb #9baadd18
+_HERE: ContextVar[Part] = ContextVar("here", default=ALONE)
+
+
 def here() -> Part:
     "What this process is of those that train together; alone, it is all of them."
     return _HERE.get()

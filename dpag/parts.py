@@ -122,8 +122,7 @@ class Part(NamedTuple):
 
 
 ALONE = Part()
-_HERE: ContextVar[Part] = ContextVar("here", default=ALONE)  # what this process is
-_DRAWING: ContextVar[Part] = ContextVar("drawing", default=ALONE)  # while a part of a batch is drawn
+_DRAWING: ContextVar[Part] = ContextVar("drawing", default=ALONE)  # the part that is drawn now
 
 # %% ../nbs/00_parts.ipynb #bb48ffb1
 def whole(rows: Float[Tensor, "rows ..."]) -> Float[Tensor, "all ..."]:

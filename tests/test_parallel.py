@@ -255,3 +255,12 @@ def test_only_the_training_that_asks_for_it_is_in_several_processes():
         f"train@laptop-scripted-pusht_img-{method}-s0" for method in ("dp", "dp_ag")
     }
     assert make_plan(several) == make_plan(settings)
+
+
+def test_without_accelerate_one_is_told_what_to_install(monkeypatch, tried):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    policy, dataset = build(*CASES["dp"])
+    with tried.refused(
+        "settings", RuntimeError, match=r"processes = 2: accelerate is not installed; pip .*\[parallel\]"
+    ):
+        fit(policy, dataset, changed(TRAIN, {"processes": 2}))
