@@ -42,7 +42,7 @@ $(READY): constraints.txt pyproject.toml
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(PIP) uv
-	$(UV) -e '.[sims,pipeline,lerobot,onnx,docs,dev]' || $(PIP) -e '.[sims,pipeline,lerobot,onnx,docs,dev]'
+	$(UV) -e '.[sims,pipeline,parallel,lerobot,onnx,docs,dev]' || $(PIP) -e '.[sims,pipeline,parallel,lerobot,onnx,docs,dev]'
 	$(UV) --no-deps robomimic robosuite || $(PIP) --no-deps robomimic robosuite
 	@$(UV) ur_rtde 2>/dev/null || $(PIP) ur_rtde 2>/dev/null || echo "ur_rtde has no package for this machine: everything but a real arm works"
 	@rm -f $(VENV)/.ready-*; touch $@
@@ -102,7 +102,7 @@ lerobot: $(LEROBOT)/v21 $(LEROBOT)/v30
 HASHES := env -u UV_FIND_LINKS $(BIN)/uv pip compile --quiet --system-certs --python-version 3.11.7 \
   --python-platform x86_64-unknown-linux-gnu -c constraints.txt --generate-hashes --no-header --no-annotate
 hashes: $(READY)
-	$(HASHES) --extra sims --extra pipeline --extra lerobot --extra onnx --extra docs --extra dev pyproject.toml -o $(VENV)/hashed.txt >/dev/null
+	$(HASHES) --extra sims --extra pipeline --extra parallel --extra lerobot --extra onnx --extra docs --extra dev pyproject.toml -o $(VENV)/hashed.txt >/dev/null
 	printf 'robomimic\nrobosuite\n' | $(HASHES) --no-deps - >> $(VENV)/hashed.txt
 	{ echo "# By make hashes, for Linux on x86-64 and Python 3.11. To install exactly these files:"; \
 	  echo "# pip install --require-hashes --no-deps -r requirements-hashed.txt"; cat $(VENV)/hashed.txt; } > requirements-hashed.txt

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'READERS', 'READ_AHEAD', 'STEADY', 'Shapes', 'whole_ends', 'Demonstrations', 'save_demonstrations',
            'check_numbers', 'fitted', 'Reader', 'other_reader', 'load_demonstrations', 'window_indices', 'steps_at',
-           'batches_ahead', 'on_device', 'check_images', 'WindowDataset', 'set_apart', 'Standardizer',
+           'batches_ahead', 'on_device', 'check_images', 'WindowDataset', 'windows_at', 'set_apart', 'Standardizer',
            'fit_standardizer', 'main']
 
 # %% ../nbs/01_data.ipynb #097c9705
 import argparse
+import copy
 import hashlib
 import sys
 import zipfile
@@ -402,6 +403,14 @@ class WindowDataset:
     def batch(self, n: int, generator: torch.Generator) -> dict:
         "`n` windows, uniformly, with replacement."
         return self.gather(torch.randint(len(self), (n,), generator=generator, device=self.device))
+
+# %% ../nbs/01_data.ipynb #0bcc7a89
+def windows_at(dataset: WindowDataset, device) -> WindowDataset:
+    "The same windows, on `device`."
+    moved = copy.copy(dataset)
+    moved.obs, moved.device = {k: a.to(device) for k, a in dataset.obs.items()}, device
+    moved.action, moved.idx, moved.owner = (a.to(device) for a in (moved.action, moved.idx, moved.owner))
+    return moved
 
 # %% ../nbs/01_data.ipynb #b881ccf3
 def set_apart(n_episodes: int, n_learned: int) -> tuple[np.ndarray, np.ndarray]:

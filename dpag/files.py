@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,17 +236,16 @@ def check_seal(folder, *, required: bool = False, under: tuple[str, ...] = ("",)
             _check_file(folder, name, sums)
 
 # %% ../nbs/00_files.ipynb #21508f9d
+def _check_files(folder: Path, sums: dict[str, str], seen: set[str], names: Iterable[str]):
+    for name in names:
+        if name not in seen:
+            _check_file(folder, name, sums)
+            seen.add(name)
+
+
 def file_checker(folder) -> Callable[[Iterable[str]], None]:
     "A function of names, which raises DamagedError as `check_seal` does, and reads no file twice."
-    folder, sums, seen = Path(folder), _sums(Path(folder)), set()
-
-    def check(names: Iterable[str]):
-        for name in names:
-            if name not in seen:
-                _check_file(folder, name, sums)
-                seen.add(name)
-
-    return check
+    return partial(_check_files, Path(folder), _sums(Path(folder)), set())
 
 # %% ../nbs/00_files.ipynb #5ea1c0df
 def arrays_checksum(arrays: Mapping[str, Any], about: str) -> str:

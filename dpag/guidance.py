@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import Strict, Weight
+from .parts import whole
 
 # %% ../nbs/05_guidance.ipynb #c0be00b1
 def scaled_vjp(vjp: Float[Tensor, "batch latent"], scale: str) -> Float[Tensor, "batch latent"]:
@@ -131,11 +132,11 @@ class GuidanceLosses:
         self.config = config
 
     def contrast(self, eps: Float[Tensor, "batch ..."], eps_evolved: Float[Tensor, "batch ..."]) -> Tensor:
-        "L_cont of a static and an evolved prediction."
+        "L_cont of a static and an evolved prediction, among the whole batch's (see `parts.whole`)."
         c = self.config
         return contrastive_loss(
-            eps,
-            eps_evolved.detach() if c.contrastive_detach else eps_evolved,
+            whole(eps),
+            whole(eps_evolved.detach() if c.contrastive_detach else eps_evolved),
             temperature=c.temperature,
             positive_in_denominator=c.positive_in_denominator,
         )
@@ -216,7 +217,7 @@ def guidance_diagnostics(
         "drift": (z_evolved - mu).norm(dim=1).mean(),
         "sampling_noise": (z - mu).norm(dim=1).mean(),
         "sigma": sigma.mean(),
-        "mu_spread": mu.std(0).mean(),
+        "mu_spread": whole(mu).std(0).mean(),
     }
 
 # %% ../nbs/05_guidance.ipynb #4f285e65

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StepDim', 'ACTIVATIONS', 'FEW_ROWS', 'MLPConfig', 'UNetConfig', 'StepEmbedding', 'ConditionedNet', 'init_as_one',
-           'MLPNoiseNet', 'cut_layers', 'TimeConv', 'TimeDoubling', 'conv_norm_mish', 'FiLMBlock', 'Level',
-           'step_network', 'UNetLayers', 'UNetNoiseNet', 'build_noise_net']
+           'mish_vjp', 'silu_vjp', 'MLPNoiseNet', 'cut_layers', 'TimeConv', 'TimeDoubling', 'conv_norm_mish',
+           'FiLMBlock', 'Level', 'step_network', 'UNetLayers', 'UNetNoiseNet', 'build_noise_net']
 
 # %% ../nbs/03_noise_net.ipynb #9088afea
 import math
@@ -144,11 +144,18 @@ def init_as_one(fan_in: int, *weights: Tensor):
         nn.init.uniform_(weight, -bound, bound)
 
 
-# Each with its derivative: (v, x) → v ⊙ f′(x).
-ACTIVATIONS = {
-    "mish": (F.mish, torch.ops.aten.mish_backward),
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-}
+def mish_vjp(v: Tensor, x: Tensor) -> Tensor:
+    "v ⊙ mish′(x)."
+    return torch.ops.aten.mish_backward(v, x)
+
+
+def silu_vjp(v: Tensor, x: Tensor) -> Tensor:
+    "v ⊙ silu′(x)."
+    return torch.ops.aten.silu_backward(v, x)
+
+
+# Functions of this module, since torch's operators cannot be sent to another process.
+ACTIVATIONS = {"mish": (F.mish, mish_vjp), "silu": (F.silu, silu_vjp)}
 
 # %% ../nbs/03_noise_net.ipynb #fb9afa44
 class MLPNoiseNet(ConditionedNet):

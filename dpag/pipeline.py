@@ -23,10 +23,10 @@ from .config import SettingsError
 from .executor import Executor, Job, Local, Ray
 from .files import read_text, root, write_text
 from .paths import own, published
-from .plan import plan_path, write_plan
+from .plan import plan_path, processes_of, write_plan
 from .progress import Progress, clock, failure
 from .schedule import Driver, forecast, likely_seconds, longest_ways, read_times, run_all
-from .settings import ExecutionConfig, NeedsConfig, Settings, changed_by_hand, doubts, load
+from .settings import NeedsConfig, Settings, changed_by_hand, doubts, load
 from .warm import warm
 
 # %% ../nbs/12_pipeline.ipynb #facba240
@@ -102,11 +102,12 @@ def executor_of(ray: str, jobs: int) -> Executor:
     return cluster
 
 
-def jobs_of(books: DvcBooks, stages: Iterable[str], execution: ExecutionConfig) -> dict[str, Job]:
-    "The stages' commands, and what they need."
-    logs, jobs = root() / ".dvc/tmp/logs", {}
+def jobs_of(books: DvcBooks, stages: Iterable[str], settings: Settings) -> dict[str, Job]:
+    "The stages' commands, and what they need; `train.processes` multiplies it."
+    logs, jobs, processes = root() / ".dvc/tmp/logs", {}, processes_of(settings)
     for stage in stages:
-        needs = execution.needs.get(stage.partition("@")[0], NeedsConfig())  # type: ignore[call-overload]
+        one = settings.execution.needs.get(stage.partition("@")[0], NeedsConfig())  # type: ignore[call-overload]
+        needs = one.times(processes.get(stage, 1))
         jobs[stage] = Job(stage, books.command(stage), str(logs / f"{stage}.log"), **needs.model_dump())
     return jobs
 
@@ -205,7 +206,7 @@ def work(
             stack.enter_context(warm(environment()))
         executor = executor_of(args.ray, args.jobs)
         books = stack.enter_context(contextlib.closing(DvcBooks(root(), wait=True)))
-        jobs = jobs_of(books, todo, settings.execution)
+        jobs = jobs_of(books, todo, settings)
         machines = executor.machines()
         room = f"{sum(m.cpus for m in machines):g} cores and {sum(m.gpus for m in machines)} GPUs"
         length = clock(forecast(todo, jobs, seconds, machines))

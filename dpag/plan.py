@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_CODE', 'EXPERIMENTS', 'source_of', 'code_of', 'imported', 'closure', 'code', 'wanted_cells', 'data_stage',
-           'cell_stage', 'study_stage', 'studies', 'sampling_stages', 'replanning_stages', 'make_plan', 'plan_path',
-           'stage_names', 'read_plan', 'write_plan', 'main']
+           'cell_stage', 'processes_of', 'study_stage', 'studies', 'sampling_stages', 'replanning_stages', 'make_plan',
+           'plan_path', 'stage_names', 'read_plan', 'write_plan', 'main']
 
 # %% ../nbs/12_plan.ipynb #7f0e3ea4
 import argparse
@@ -24,6 +24,7 @@ from .paths import Cell, own
 from .policy import METHODS
 from .settings import Settings, data_settings, data_stage_settings, load
 from .tasks.base import TASKS
+from .train import SHARED
 
 # %% ../nbs/12_plan.ipynb #f0af0c5e
 SETTINGS_CODE = {f"dpag.{m}" for m in ("config", "files", "paths", "plan", "provenance", "settings")}
@@ -123,7 +124,7 @@ def cell_stage(settings: Settings, cell: Cell) -> dict:
     "What the training and the evaluation of a cell depend on."
     s = settings.cell(cell.task, cell.method)
     method, task = METHODS[s.method.kind].module, TASKS[cell.task].module
-    policy, train = s.policy.model_dump(mode="json"), s.train.model_dump(mode="json")
+    policy, train = s.policy.model_dump(mode="json"), s.train.model_dump(mode="json", exclude=SHARED)
     acting = s.evaluate.acting.get(cell.method, {})
     evaluate = {**s.evaluate.model_dump(mode="json"), "acting": acting}
     return {
@@ -146,6 +147,12 @@ def cell_stage(settings: Settings, cell: Cell) -> dict:
     }
 
 # %% ../nbs/12_plan.ipynb #18a2d814
+def processes_of(settings: Settings) -> dict[str, int]:
+    "In how many processes each stage that trains does so."
+    cells = {c: settings.cell(c.task, c.method) for c in wanted_cells(settings)}
+    return {f"train@{settings.run}-{c.name}": s.train.processes for c, s in cells.items()}
+
+
 def study_stage(run: str, notebook: str, **parts) -> dict:
     "What a notebook that looks at a whole run depends on."
     return {"run": run, **parts, "code": code(notebook)}

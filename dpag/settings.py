@@ -150,6 +150,11 @@ class NeedsConfig(Strict):
     memory: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     "GB."
 
+    def times(self, n: int) -> "NeedsConfig":
+        "What `n` processes need that share one training: each a whole GPU, if it needs any of one."
+        gpus = n * max(self.gpus, 1.0) if n > 1 and self.gpus else self.gpus
+        return self.model_copy(update={"cpus": n * self.cpus, "gpus": gpus, "memory": n * self.memory})
+
 
 class ExecutionConfig(Strict):
     "Where stages run."

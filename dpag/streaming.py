@@ -28,6 +28,10 @@ class ChunkCache:
         self._kept: OrderedDict[Any, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __reduce__(self):
+        "Another process gets an empty one."
+        return ChunkCache, (self.budget,)
+
     def get(self, name, read: Callable[[], np.ndarray]) -> np.ndarray:
         "The chunk `name`; by `read()` where it is not kept."
         with self._lock:
@@ -98,6 +102,10 @@ class TensorOnDisk:
         if dim != 0:
             raise ValueError(f"dim = {dim}: steps are along 0")
         return torch.from_numpy(self.array.take(index.cpu().numpy())).to(self.device)
+
+    def to(self, device) -> "TensorOnDisk":
+        "The same, whose steps are moved to `device`."
+        return TensorOnDisk(self.array, device)
 
 # %% ../nbs/01_streaming.ipynb #d4083f68
 def stays_on_disk(stored: zarr.Array, memory: int | None) -> bool:

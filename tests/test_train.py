@@ -158,7 +158,7 @@ def test_what_came_later_leaves_older_runs_their_hash(name, other):
     "At the value that does what was done before; others change it. How often one looks never does."
     cell = ["pusht_kp", "dp", "data", PolicyConfig(), MethodConfig(kind="dp")]
     settings = TrainConfig(lr=0.01)
-    later = {"betas", "val_share", "val_every", "val_windows"}
+    later = {"betas", "val_share", "val_every", "val_windows", "processes"}
     before = {k: v for k, v in settings.model_dump().items() if k not in later}
     assert run_fingerprint(*cell, settings) == config.fingerprint(*cell, before)
     others = settings.model_copy(update={name: other, "val_every": 7, "val_windows": 8})
