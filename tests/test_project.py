@@ -46,6 +46,7 @@ FLOORS = [
         "policy",
         *(f"methods.{m}" for m in METHODS),
         "validation",
+        "stacked",
         "train",
         *(f"robot.{r}" for r in ROBOT),
     ),

@@ -79,6 +79,7 @@ class DiffusionPolicy(NoisePredictor):
     "Diffusion Policy (Chi et al. 2023)."
 
     config_class: ClassVar[type[MethodConfig]] = DPConfig
+    stackable = True
 
     def loss(self, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
         "The denoising error of a batch, under `loss` and `denoise`."
