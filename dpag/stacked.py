@@ -8,6 +8,7 @@ __all__ = ['DRAWS', 'ROWS', 'NotedDraws', 'ReplayedDraws', 'stacked_leaves', 'di
 
 # %% ../nbs/08_stacked.ipynb #34a4518c
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,6 +141,8 @@ class Stack:
 
     def __init__(self, runs: Sequence[Any]):
         check_alike([run.model for run in runs], [run.flat.layout for run in runs])
+        # The rows of a matrix of all parameters are what it is about: a parameter's own are not end to end.
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         self.values, self.grads, self.ema, self.exp_avg, self.exp_avg_sq = (
             torch.stack([getattr(run, name) for run in runs]) for name in ROWS
         )
