@@ -9,22 +9,25 @@ from torch import nn
 
 from dpag.config import changed, seed_everything
 from dpag.data import WindowDataset
+from dpag.files import read_text, root
 from dpag.guidance import GuidanceConfig
 from dpag.methods.dp import DPConfig
 from dpag.methods.dp_ag import DPAGConfig
+from dpag.paths import Cell
+from dpag.pipeline import after_the_first, jobs_of, joined
 from dpag.policy import METHODS, build_policy
+from dpag.settings import ExecutionConfig, load
 from dpag.train import TrainConfig, Trainee, fit, fit_together
 from dpag.validation import split
 
 DATA = drifting_blocks()
 HUNDRED = TrainConfig(
-    steps=100, batch_size=16, warmup_steps=10, log_every=20, checkpoint_every=20, device="cpu"
+    steps=100, batch_size=8, warmup_steps=10, log_every=20, checkpoint_every=20, device="cpu"
 )
 CASES = {
     "dp": DPConfig(),
     "split": DPAGConfig(guidance=GuidanceConfig(denoise_on="split")),
     "both": DPAGConfig(guidance=GuidanceConfig(denoise_on="both", contrastive_noise="shared")),
-    "raw, static": DPAGConfig(guidance=GuidanceConfig(denoise_on="static", vjp="raw", gamma=1.0)),
     "through the VJP": DPAGConfig(guidance=GuidanceConfig(vjp_detach=False)),
 }
 
@@ -77,7 +80,10 @@ def test_each_is_as_if_it_had_been_alone(case):
 
 def test_a_u_net_is_as_if_it_had_been_alone():
     net = {"net": {"kind": "unet", "channels": [16, 32], "n_groups": 4, "kernel_size": 3, "step_dim": 16}}
-    method, few = DPAGConfig(guidance=GuidanceConfig(denoise_on="static")), changed(HUNDRED, {"steps": 20})
+    method, few = (
+        DPAGConfig(guidance=GuidanceConfig(denoise_on="static", vjp="raw", gamma=1.0)),
+        changed(HUNDRED, {"steps": 20}),
+    )
     single, _ = alone(method, few, 2, **net)
     together = policies(method, 2, **net)
     fit_together([Trainee(p, s) for s, p in enumerate(together)], DATA, few)
@@ -203,3 +209,35 @@ def test_the_seed_whose_loss_is_no_number_is_named(tmp_path):
     made = [Trainee(Breaks(start), seed) for start, seed in ((0.0, 4), (2.0, 7))]
     with pytest.raises(FloatingPointError, match="seed 7: the loss or its gradient is not finite at step 1"):
         fit_together(made, Episodes(), changed(HUNDRED, {"lr": 1e-4}))
+
+
+def test_the_first_seeds_stage_trains_those_that_are_to_be_trained():
+    run, off = "interplay-scripted", load("interplay-scripted")
+    on = off.model_copy(update={"execution": ExecutionConfig(together=True)})
+    dp = [f"train@{run}-pusht_kp-ab_dp-s{s}" for s in range(5)]
+    todo = {
+        s: {"data"} for s in (dp[0], dp[1], dp[3], f"train@{run}-pusht_kp-ab_dp_slow-s0", f"evaluate@{run}")
+    }
+    assert joined(off, todo) == {}
+    more = joined(on, todo)
+    assert {s: [c.train_seed for c in cells] for s, cells in more.items()} == {dp[0]: [1, 3]}
+    after = after_the_first(todo, more)
+    assert {s: needs - {"data"} for s, needs in after.items() if needs - {"data"}} == {
+        dp[1]: {dp[0]},
+        dp[3]: {dp[0]},
+    }
+
+
+class Commands:
+    "What is asked of DVC's books."
+
+    def command(self, stage, more=""):
+        return f"train {stage}{more}"
+
+
+def test_the_seeds_are_a_parameter_of_the_first_ones_notebook():
+    cells = [Cell("r", "t", "m", seed) for seed in (1, 3)]
+    jobs = jobs_of(Commands(), ["train@a", "train@b"], ExecutionConfig(), {"train@a": cells})
+    assert jobs["train@a"].command == 'train train@a -y "together: [1, 3]"'
+    assert jobs["train@b"].command == "train train@b"
+    assert "together" in read_text(root() / "nbs/experiments/e02_train.ipynb")

@@ -3,10 +3,11 @@
 python tools/bench_stacked.py --out results/stacked.csv
 python tools/bench_stacked.py --device cuda --processes --cases paper-core:dp paper-core:dp_ag --out FILE
 
-Both sides do whole training steps on made-up episodes of Push-T with keypoints, with a profile's nets. On a CPU
-they take turns in one process with one thread, and CPU time is compared: on n cores, n seeds can run at once
-either way. On a GPU wall time is compared, with `--processes`: the seeds alone are K processes that share the
-GPU, as the pipeline would run them. A ratio below 1 says that together is faster."""
+Both sides do whole training steps on made-up episodes of Push-T with keypoints, with a profile's nets. On
+a CPU they take turns in one process with one thread, and CPU time is compared: on n cores, n seeds can
+run at once either way. On a GPU wall time is compared, with `--processes`: the seeds alone are K
+processes that share the GPU, as the pipeline would run them. A ratio below 1 says that together is
+faster."""
 
 from __future__ import annotations
 
