@@ -239,10 +239,8 @@ class Diffusion(BoundedProcess):
             return (noised - a * out) / s
         return a * out + s * noised
 
-    def epsilon_vjp(
-        self, v: Float[Tensor, "batch time action"], timestep: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch time action"]:
-        "(∂ to_epsilon / ∂ out)ᵀ v."
+    def epsilon_vjp(self, v: Float[Tensor, "batch time action"], timestep: Int[Tensor, " batch"]) -> Tensor:
+        "(∂ to_epsilon / ∂ out)ᵀ v, shaped like v."
         if self.config.prediction == "epsilon":
             return v
         a, s = self.scales(timestep)

@@ -603,5 +603,6 @@ def fit(
     aside with a warning: without the resume file the run starts from the beginning. `snapshots[k]` is called
     after step k with a model of the averaged weights. `validation` is what was set aside, see `split`: each
     `val_every` steps the log has the averaged weights' loss on it, too, under `val_loss` and its terms."""
-    how = {"fingerprint": fingerprint, "validation": validation, "name": name}
-    return fit_together([Trainee(model, seed, folder, snapshots or {})], dataset, settings, **how)[0]  # type: ignore[arg-type]
+    one = Trainee(model, seed, folder, snapshots or {})
+    (log,) = fit_together([one], dataset, settings, fingerprint=fingerprint, validation=validation, name=name)
+    return log
