@@ -137,7 +137,7 @@ class ExecutionConfig(Strict):
     retries: Annotated[int, Field(ge=0, le=100)] = 3
     "How often a stage runs again after its node died. One that fails does not."
     together: bool = False
-    "The first seed's training does the other seeds' steps, too, if the method's nets can be stacked."
+    "The first seed does the others' steps, too, if the method can; each one's time is then that of all."
 
 # %% ../nbs/09_settings.ipynb #8cf037d1
 # A part of a folder's name.
