@@ -93,10 +93,10 @@ class Stages:
         with dvc_errors(), self.repo.lock:
             return {name for name, stage in self.stages.items() if stage.status()}
 
-    def command(self, stage: str) -> str:
-        "What a shell has to run for a stage."
+    def command(self, stage: str, more: str = "") -> str:
+        "What a shell has to run for a stage; `more` is written after it, such as further parameters."
         cmd = self.stages[stage].cmd
-        return Slip(self.folder, stage).signed(cmd if isinstance(cmd, str) else " && ".join(cmd))
+        return Slip(self.folder, stage).signed((cmd if isinstance(cmd, str) else " && ".join(cmd)) + more)
 
     def about(self, stage) -> str:
         "What a stage depends on now; what it depended on, which DVC has yet to compare, is left as it is."

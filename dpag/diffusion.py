@@ -239,6 +239,13 @@ class Diffusion(BoundedProcess):
             return (noised - a * out) / s
         return a * out + s * noised
 
+    def epsilon_vjp(self, v: Float[Tensor, "batch time action"], timestep: Int[Tensor, " batch"]) -> Tensor:
+        "(∂ to_epsilon / ∂ out)ᵀ v, shaped like v."
+        if self.config.prediction == "epsilon":
+            return v
+        a, s = self.scales(timestep)
+        return -(v / s) * a if self.config.prediction == "sample" else v * a
+
     @torch.no_grad()
     def sample(
         self, predict: Callable, shape: tuple[int, int, int], generator: torch.Generator

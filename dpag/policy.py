@@ -43,6 +43,8 @@ class Policy(nn.Module):
 
     A batch is `{"obs": {key: (B, T_o, …)}, "action": (B, T_p, D)}`, as data.WindowDataset gives it."""
 
+    stackable: ClassVar[bool] = False  # `loss` works under vmap, see 08_stacked
+
     def loss(self, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
         "Scalars to log; their sum, which is minimised, under `loss`. All noise comes from `generator`."
         raise NotImplementedError

@@ -163,6 +163,8 @@ class ExecutionConfig(Strict):
     "By kind of stage; the others have the defaults."
     retries: Annotated[int, Field(ge=0, le=100)] = 3
     "How often a stage runs again after its node died. One that fails does not."
+    together: bool = False
+    "The first seed does the others' steps, too, if the method can; each one's time is then that of all."
 
 # %% ../nbs/09_settings.ipynb #8cf037d1
 # A part of a folder's name.

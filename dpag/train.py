@@ -6,8 +6,9 @@
 __all__ = ['Beta', 'CAME_LATER', 'LOOKS', 'SHARED', 'ALIGNMENT', 'LOOK_EVERY', 'EMAConfig', 'TrainConfig', 'pick_device',
            'learning_rate', 'trained_with', 'run_fingerprint', 'check_fingerprint', 'ema_decay', 'FlatParameters',
            'check_layout', 'Run', 'state_checksum', 'save_state', 'read_state', 'check_kinds', 'load_state',
-           'draw_batch', 'update', 'loss_of', 'train_step', 'first_fault', 'check_finite', 'validate', 'Log', 'resumed',
-           'progress', 'plain_fingerprint', 'warn_of_few_windows', 'watched', 'not_looked', 'fit']
+           'draw_batch', 'update', 'loss_of', 'descend', 'noted', 'train_step', 'first_fault', 'check_finite',
+           'validate', 'Log', 'resumed', 'progress', 'plain_fingerprint', 'warn_of_few_windows', 'watched',
+           'not_looked', 'Trainee', 'Due', 'due_after', 'Training', 'steps_together', 'advance', 'fit_together', 'fit']
 
 # %% ../nbs/08_train.ipynb #056558f8
 import contextlib
@@ -19,6 +20,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,6 +40,7 @@ from .files import DamagedError, arrays_checksum, atomic, set_aside, sweep, writ
 from .parallel import here, in_processes
 from .parts import ALONE, Part
 from .policy import MethodConfig, PolicyConfig
+from .stacked import Stack
 from .streaming import Ahead
 from .validation import Terms, Validation
 
@@ -184,14 +187,19 @@ class FlatParameters:
         for name, p in named.items():
             self.layout.append((name, end, tuple(p.shape), torch.empty_like(p).stride()))
             end += -(-p.numel() // ALIGNMENT) * ALIGNMENT
-        self.values = self.parameters[0].detach().new_zeros(end)
-        self.grads = torch.zeros_like(self.values)
-        for p, value, grad in zip(self.parameters, self.views(self.values), self.views(self.grads)):
+        first = self.parameters[0].detach()
+        self.lie_in(first.new_zeros(end), first.new_zeros(end))
+
+    def lie_in(self, values: Tensor, grads: Tensor):
+        "Move the weights to `values`, and have their gradients in `grads`; both may be rows of a matrix."
+        self.values, self.grads = values, grads
+        for p, value, grad in zip(self.parameters, self.views(values), self.views(grads)):
             p.data, p.grad = value.copy_(p.data), grad
 
     def views(self, flat: Tensor) -> list[Tensor]:
         "The parameters' places in a tensor that is laid out like `values`."
-        return [flat.as_strided(shape, stride, at) for _, at, shape, stride in self.layout]
+        start = flat.storage_offset()
+        return [flat.as_strided(shape, stride, start + at) for _, at, shape, stride in self.layout]
 
     def close(self):
         "Give every parameter memory of its own, as who saves a model expects, and no gradient."
@@ -309,10 +317,10 @@ def draw_batch(
 
 
 @torch.no_grad()
-def update(run: Run, settings: TrainConfig, step: int) -> Tensor:
-    "Clip the gradients, do AdamW's step and average the weights; the gradients' norm before."
-    norm = torch.linalg.vector_norm(run.grads)
-    run.grads.mul_((settings.grad_clip / (norm + 1e-6)).clamp(max=1))
+def update(run: Run | Stack, settings: TrainConfig, step: int) -> Tensor:
+    "Clip the gradients, do AdamW's step and average the weights; the gradients' norm before, of each row."
+    norm = torch.linalg.vector_norm(run.grads, dim=-1)
+    run.grads.mul_((settings.grad_clip / (norm + 1e-6)).clamp(max=1).unsqueeze(-1))
     adamw(
         [run.values],
         [run.grads],
@@ -341,6 +349,23 @@ def loss_of(model: Any, batch: dict, noise: torch.Generator, settings: TrainConf
         return model.loss(batch, noise)
 
 
+def descend(run: Run | Stack, batch: Any, settings: TrainConfig, step: int) -> Terms:
+    "Go down the loss of a batch, with noise from `run.noise`; its terms and the gradient's norm."
+    with run.part.drawing(settings.batch_size):
+        terms = loss_of(run.model, batch, run.noise, settings)
+    run.grads.zero_()
+    terms["loss"].sum().backward()
+    run.part.mean_(run.grads)
+    terms = run.part.mean({k: v.detach() for k, v in terms.items()})
+    return {**terms, "gradient": update(run, settings, step)}
+
+
+def noted(run: Run, terms: Terms, step: int) -> Terms:
+    "The terms of the loss, without the gradient's norm; all are kept in `run.unseen`."
+    run.unseen.append((step, terms))
+    return {k: v for k, v in terms.items() if k != "gradient"}
+
+# %% ../nbs/08_train.ipynb #e1a375e9
 def train_step(
     run: Run, dataset, settings: TrainConfig, *, seed: int, step: int, batch: dict | None = None
 ) -> Terms:
@@ -348,14 +373,8 @@ def train_step(
 
     `batch` is the step's batch, where it has been drawn already."""
     batch = draw_batch(run, dataset, settings, seed=seed, step=step) if batch is None else batch
-    with run.part.drawing(settings.batch_size):
-        terms = loss_of(run.model, batch, reseed(run.noise, "noise", seed, step), settings)
-    run.grads.zero_()
-    terms["loss"].backward()
-    run.part.mean_(run.grads)
-    terms = run.part.mean({k: v.detach() for k, v in terms.items()})
-    run.unseen.append((step, {**terms, "gradient": update(run, settings, step)}))
-    return terms
+    reseed(run.noise, "noise", seed, step)
+    return noted(run, descend(run, batch, settings, step), step)
 
 # %% ../nbs/08_train.ipynb #a11ce009
 def first_fault(terms: Sequence[tuple[int, dict[str, Tensor]]]) -> tuple[int, dict[str, Tensor]] | None:
@@ -378,11 +397,11 @@ def check_finite(run: Run, dataset, settings: TrainConfig, *, seed: int):
         batch = draw_batch(run, dataset, settings, seed=seed, step=step, part=ALONE)
         episodes = sorted(set(batch["episode"].tolist()))
         raise FloatingPointError(
-            f"the loss or its gradient is not finite at step {step}: {shown}; "
+            f"seed {seed}: the loss or its gradient is not finite at step {step}: {shown}; "
             f"episodes in the batch: {episodes}"
         )
     if not run.values.isfinite().all():
-        raise FloatingPointError(f"a weight is not finite after step {int(run.done)}")
+        raise FloatingPointError(f"seed {seed}: a weight is not finite after step {int(run.done)}")
 
 # %% ../nbs/08_train.ipynb #509566bc
 def validate(run: Run, validation: Validation, settings: TrainConfig) -> Terms:
@@ -442,10 +461,9 @@ def resumed(run: Run, path: Path | None, key: str) -> tuple[int, str]:
     return int(steps), past
 
 
-def progress(run: Run, settings: TrainConfig, done: int, name: str) -> tqdm:
-    "A bar with the steps that are done; the leader shows it."
-    quiet = not run.part.leads
-    return tqdm(total=settings.steps, initial=done, desc=name, mininterval=2, unit="step", disable=quiet)
+def progress(part: Part, total: int, done: int, name: str) -> tqdm:
+    "A bar of `total` steps, some of which are done; the leader shows it."
+    return tqdm(total=total, initial=done, desc=name, mininterval=2, unit="step", disable=not part.leads)
 
 # %% ../nbs/08_train.ipynb #43118061
 def plain_fingerprint(model, dataset, settings: TrainConfig) -> str:
@@ -463,7 +481,7 @@ def warn_of_few_windows(dataset, settings: TrainConfig):
     if settings.batch_size > n:
         where = f"batch_size = {settings.batch_size} of {n} windows"
         warnings.warn(
-            f"{where}: a batch repeats windows, and the contrastive loss meets copies", stacklevel=3
+            f"{where}: a batch repeats windows, and the contrastive loss meets copies", stacklevel=4
         )
 
 # %% ../nbs/08_train.ipynb #b40cbb7b
@@ -477,6 +495,141 @@ def watched(aside: WindowDataset | None, settings: TrainConfig) -> Validation | 
 def not_looked(terms: Terms) -> Terms:
     "The `val_…` of a row whose step nobody looked at."
     return {f"val_{name}": torch.tensor(math.nan) for name in terms}
+
+# %% ../nbs/08_train.ipynb #f69e7284
+@dataclass
+class Trainee:
+    "One net that is trained, and what is its own: seed, folder, what is done on the way; see `fit`."
+
+    model: Any
+    seed: int = 0
+    folder: str | Path | None = None
+    snapshots: dict[int, Callable] = field(default_factory=dict)
+
+
+@dataclass
+class Due:
+    "What is due after a step: a row of the log, a resume file, a look at what was set aside."
+
+    row: bool
+    save: bool
+    look: bool
+
+
+def due_after(step: int, settings: TrainConfig, *, watching: bool) -> Due:
+    "What is due; the last step has all. `watching`: each look has its row."
+    every = (settings.log_every, settings.checkpoint_every, settings.val_every)
+    row, save, look = (step == settings.steps or step % n == 0 for n in every)
+    return Due(row or (watching and look), save, look)
+
+# %% ../nbs/08_train.ipynb #8361ec94
+class Training:
+    "A trainee's run, its log and its files, on the way."
+
+    def __init__(
+        self, own: Trainee, dataset, settings: TrainConfig, fingerprint: str | None, aside: Validation | None
+    ):
+        if own.folder is not None:
+            sweep(own.folder)
+        self.own, self.dataset, self.settings, self.aside = own, dataset, settings, aside
+        self.run, plain = Run(own.model), fingerprint or plain_fingerprint(own.model, dataset, settings)
+        self.key = config.fingerprint(plain, own.seed, self.run.flat.layout)
+        self.resume = Path(own.folder) / "resume.safetensors" if own.folder is not None else None
+        self.done, past = resumed(self.run, self.resume, self.key)
+        self.log = Log(self.resume and self.resume.with_name("log.csv"), past)
+        self.draw = Ahead(
+            lambda step: draw_batch(self.run, dataset, settings, seed=own.seed, step=step),
+            n=batches_ahead(dataset),
+            last=settings.steps,
+        )
+
+    def after(self, step: int, terms: Terms, due: Due):
+        "Look, log and save what is due after a step."
+        settings, run, snapshot = self.settings, self.run, self.own.snapshots.get(step)
+        self.done = step
+        if due.row or due.save or snapshot or step % LOOK_EVERY == 0:
+            check_finite(run, self.dataset, settings, seed=self.own.seed)
+        if due.row:
+            if self.aside is not None:
+                terms |= validate(run, self.aside, settings) if due.look else not_looked(terms)
+            self.log.add(step, terms, learning_rate(step - 1, settings))
+        if snapshot:
+            snapshot(run.averaged())
+        if self.resume and due.save:
+            save_state(self.resume, run, step, self.key, self.log.text())
+            self.log.write()
+
+    def close(self):
+        "Stop drawing, and give the model's parameters memory of their own."
+        self.draw.close()
+        self.run.flat.close()
+
+# %% ../nbs/08_train.ipynb #076bf989
+def steps_together(stack: Stack, trainings: list[Training], settings: TrainConfig, step: int) -> list[Terms]:
+    "Do step `step` of all trainings at once; the terms of each one's loss."
+    for t in trainings:
+        reseed(t.run.noise, "noise", t.own.seed, step)
+    terms = descend(stack, [t.draw(step) for t in trainings], settings, step)
+    of_each = zip(*(values.unbind() for values in terms.values()))
+    return [noted(t.run, dict(zip(terms, own)), step) for t, own in zip(trainings, of_each)]
+
+
+def advance(trainings: list[Training], until: int, settings: TrainConfig, bar: tqdm):
+    "Take trainings that are at the same step on to step `until`."
+    (first,) = {t.done for t in trainings}
+    stack = Stack([t.run for t in trainings]) if len(trainings) > 1 and first < until else None
+    for step in range(first + 1, until + 1):
+        due = due_after(step, settings, watching=trainings[0].aside is not None)
+        for t in trainings:
+            t.own.model.diagnosing = due.row  # what is costly and only for the log
+        if stack is not None:
+            terms = steps_together(stack, trainings, settings, step)
+        else:
+            (t,) = trainings
+            terms = [train_step(t.run, t.dataset, settings, seed=t.own.seed, step=step, batch=t.draw(step))]
+        bar.update(len(trainings))
+        for t, its in zip(trainings, terms):
+            t.after(step, its, due)
+        if due.row:
+            bar.set_postfix(loss=f"{trainings[-1].log.rows[-1]['loss']:.4f}", refresh=False)
+
+# %% ../nbs/08_train.ipynb #fa3fa362
+def fit_together(
+    trainees: Sequence[Trainee],
+    dataset,
+    settings: TrainConfig,
+    *,
+    fingerprint: str | None = None,
+    validation: WindowDataset | None = None,
+    name: str = "train",
+) -> list[pd.DataFrame]:
+    """Train all `trainees` in place, as `fit` does one, with their steps taken together; the log of each.
+
+    Raises ValueError where their nets differ in more than their weights, or cannot be stacked; SettingsError
+    where several are to share several processes."""
+    if len(trainees) > 1 and settings.processes > 1:
+        raise SettingsError(
+            f"train.processes = {settings.processes}: {len(trainees)} seeds that train together share one; "
+            "allowed is 1, or execution.together = false"
+        )
+    torch.set_num_threads(settings.threads)
+    warn_of_few_windows(dataset, settings)
+    aside = watched(validation, settings)
+    with contextlib.ExitStack() as stack:
+        trainings = [Training(t, dataset, settings, fingerprint, aside) for t in trainees]
+        for t in trainings:
+            stack.enter_context(contextlib.closing(t))
+        total, done = settings.steps * len(trainings), sum(t.done for t in trainings)
+        bar = stack.enter_context(progress(here(), total, done, name))
+        latest = max(t.done for t in trainings)
+        for t in trainings:
+            advance([t], latest, settings, bar)
+        advance(trainings, settings.steps, settings, bar)
+        for t in trainings:
+            t.run.values.copy_(t.run.ema)
+    for t in trainings:
+        t.own.model.diagnosing = True
+    return [pd.DataFrame(t.log.rows) for t in trainings]
 
 # %% ../nbs/08_train.ipynb #4b6d20ce
 @in_processes
@@ -499,44 +652,6 @@ def fit(
     aside with a warning: without the resume file the run starts from the beginning. `snapshots[k]` is called
     after step k with a model of the averaged weights. `validation` is what was set aside, see `split`: each
     `val_every` steps the log has the averaged weights' loss on it, too, under `val_loss` and its terms."""
-    torch.set_num_threads(settings.threads)
-    warn_of_few_windows(dataset, settings)
-    if folder is not None:
-        sweep(folder)
-    run, snapshots = Run(model), snapshots or {}
-    key = config.fingerprint(
-        fingerprint or plain_fingerprint(model, dataset, settings), seed, run.flat.layout
-    )
-    resume = Path(folder) / "resume.safetensors" if folder is not None else None
-    first, past = resumed(run, resume, key)
-    log, aside = Log(resume and resume.with_name("log.csv"), past), watched(validation, settings)
-    shown = progress(run, settings, first, name)
-    draw = Ahead(
-        lambda step: draw_batch(run, dataset, settings, seed=seed, step=step),
-        n=batches_ahead(dataset),
-        last=settings.steps,
-    )
-    with contextlib.closing(run.flat), contextlib.closing(draw), shown as bar:
-        for step in range(first + 1, settings.steps + 1):
-            last = step == settings.steps
-            every = (settings.log_every, settings.checkpoint_every, settings.val_every)
-            row, save, look = (last or step % n == 0 for n in every)
-            row = row or (aside is not None and look)
-            model.diagnosing = row  # type: ignore[assignment]  # what is costly and only for the log
-            terms = train_step(run, dataset, settings, seed=seed, step=step, batch=draw(step))
-            bar.update()
-            if row or save or step in snapshots or step % LOOK_EVERY == 0:
-                check_finite(run, dataset, settings, seed=seed)
-            if row:
-                if aside is not None:
-                    terms |= validate(run, aside, settings) if look else not_looked(terms)
-                log.add(step, terms, learning_rate(step - 1, settings))
-                bar.set_postfix(loss=f"{log.rows[-1]['loss']:.4f}", refresh=False)
-            if step in snapshots:
-                snapshots[step](run.averaged())
-            if resume and save:
-                save_state(resume, run, step, key, log.text())
-                log.write()
-        run.values.copy_(run.ema)
-    model.diagnosing = True  # type: ignore[assignment]
-    return pd.DataFrame(log.rows)
+    one = Trainee(model, seed, folder, snapshots or {})
+    (log,) = fit_together([one], dataset, settings, fingerprint=fingerprint, validation=validation, name=name)
+    return log

@@ -49,6 +49,7 @@ FLOORS = [
         *(f"methods.{m}" for m in METHODS),
         "validation",
         "parallel",
+        "stacked",
         "train",
         *(f"robot.{r}" for r in ROBOT),
     ),

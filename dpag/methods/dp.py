@@ -176,6 +176,7 @@ class DiffusionPolicy(DenoisingPolicy):
     "Diffusion Policy (Chi et al. 2023)."
 
     config_class: ClassVar[type[MethodConfig]] = DPConfig
+    stackable = True
 
     def loss(self, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
         "The denoising error of a batch, under `loss` and `denoise`."

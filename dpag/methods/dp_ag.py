@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..encoder import sample_latent
 from ..guidance import Guidance, GuidanceConfig, guidance_diagnostics, leverage
 from .dp import Denoiser, DiffusionPolicy
+from ..noise_net import MLPNoiseNet
 from ..policy import MethodConfig, register_method
 from ..residual import Residual
 
@@ -138,7 +139,13 @@ def measured_leverage(
 class GuidedDiffusion(DiffusionPolicy):
     "A diffusion policy whose latent evolves."
 
+    functional = False  # differentiate by torch.func alone; `stacked` asks for it
     diagnosing = True  # compute the leverage with the loss; `fit` asks for it in the steps that are logged
+
+    @property
+    def stackable(self) -> bool:  # type: ignore[override]
+        "Not with a U-Net and `split`: its VJP is of a prediction that is there already."
+        return self.method.guidance.denoise_on != "split" or isinstance(self.net, MLPNoiseNet)
 
     @property
     def guidance(self) -> Guidance:
@@ -155,7 +162,7 @@ class GuidedDiffusion(DiffusionPolicy):
     ) -> Predictions:
         "Under `z`, and under the latent that it evolves to."
         predict = partial(self.epsilon, noised, timestep)
-        (out, eps), z_evolved = self.guidance.evolve(predict, z, mu, sigma)
+        (out, eps), z_evolved = self.guidance.evolve(predict, z, mu, sigma, functional=self.functional)
         return Predictions(out, eps, *self.epsilon(noised, timestep, z_evolved), z_evolved)
 
     def second_predictions(
@@ -171,12 +178,11 @@ class GuidedDiffusion(DiffusionPolicy):
         with torch.no_grad():
             condition = self.net.step_part(timestep) + self.net.latent_part(static)
         out, pull = self.net.vjp(noised, condition)
-        leaf = out.requires_grad_()
-        eps = self.diffusion.to_epsilon(leaf, noised, timestep)
-        (v,) = torch.autograd.grad(eps, leaf, eps.detach())
+        eps = self.diffusion.to_epsilon(out, noised, timestep)
+        v = self.diffusion.epsilon_vjp(eps, timestep)
         z_evolved = self.guidance.moved(self.net.latent_vjp(static, pull(v)).detach(), mu, sigma)
         evolved = self.epsilon(noised, timestep, z_evolved)
-        return Predictions(out.detach(), eps.detach(), *evolved, z_evolved)
+        return Predictions(out, eps, *evolved, z_evolved)
 
     def shared_noise_predictions(
         self, batch: dict, generator: torch.Generator, z: Tensor, mu: Tensor, sigma: Tensor
