@@ -7,7 +7,7 @@ from conftest import SHAPES, drifting_blocks, small_policy
 from safetensors.torch import load_file
 from torch import nn
 
-from dpag.config import changed, seed_everything
+from dpag.config import SettingsError, changed, seed_everything
 from dpag.data import WindowDataset
 from dpag.files import read_text, root
 from dpag.guidance import GuidanceConfig
@@ -16,7 +16,7 @@ from dpag.methods.dp_ag import DPAGConfig
 from dpag.paths import Cell
 from dpag.pipeline import after_the_first, jobs_of, joined
 from dpag.policy import METHODS, build_policy
-from dpag.settings import ExecutionConfig, load
+from dpag.settings import load
 from dpag.train import TrainConfig, Trainee, fit, fit_together
 from dpag.validation import split
 
@@ -237,7 +237,13 @@ class Commands:
 
 def test_the_seeds_are_a_parameter_of_the_first_ones_notebook():
     cells = [Cell("r", "t", "m", seed) for seed in (1, 3)]
-    jobs = jobs_of(Commands(), ["train@a", "train@b"], ExecutionConfig(), {"train@a": cells})
+    jobs = jobs_of(Commands(), ["train@a", "train@b"], load("smoke-scripted"), {"train@a": cells})
     assert jobs["train@a"].command == 'train train@a -y "together: [1, 3]"'
     assert jobs["train@b"].command == "train train@b"
     assert "together" in read_text(root() / "nbs/experiments/e02_train.ipynb")
+
+
+def test_several_seeds_and_several_processes_do_not_go_together():
+    two = changed(HUNDRED, {"processes": 2}, where="train")
+    with pytest.raises(SettingsError, match=r"train\.processes = 2: 2 seeds that train together share one"):
+        fit_together([Trainee(None), Trainee(None)], DATA, two)
