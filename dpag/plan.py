@@ -152,7 +152,7 @@ def processes_of(settings: Settings) -> dict[str, int]:
     cells = {c: settings.cell(c.task, c.method) for c in wanted_cells(settings)}
     return {f"train@{settings.run}-{c.name}": s.train.processes for c, s in cells.items()}
 
-
+# %% ../nbs/12_plan.ipynb #bad24b04
 def study_stage(run: str, notebook: str, **parts) -> dict:
     "What a notebook that looks at a whole run depends on."
     return {"run": run, **parts, "code": code(notebook)}

@@ -147,7 +147,18 @@ class DenoisingPolicy(NoisePredictor):
         """The Denoiser of these observations. Each step's latent `(B, Z)` is appended to `record`; a latent
         that is random draws from `noise`. `known` as in `replan`."""
         mu, logvar = self.encode(obs)
-        return Denoiser(self, mu, (0.5 * logvar).exp(), record, self.residual_of(obs, known))
+        return self.denoiser(mu, (0.5 * logvar).exp(), record, noise, self.residual_of(obs, known))
+
+    def denoiser(
+        self,
+        mu: Float[Tensor, "batch latent"],
+        sigma: Float[Tensor, "batch latent"],
+        record: list | None,
+        noise: torch.Generator | None,
+        residual: Residual | None,
+    ) -> Denoiser:
+        "A Denoiser that begins at `mu`; the rest as in `predictor`."
+        return Denoiser(self, mu, sigma, record, residual)
 
     def residual_of(self, obs: dict[str, Tensor], known: Tensor | None) -> Residual | None:
         "What guides a plan of which `known` is known, in the environment's units."

@@ -8,7 +8,6 @@ __all__ = ['LEVERAGE_ROWS', 'DPAGConfig', 'GuidedDenoiser', 'Predictions', 'meas
 
 # %% ../../nbs/methods/dp_ag.ipynb #4e50ebfe
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -194,16 +193,8 @@ class GuidedDiffusion(DiffusionPolicy):
         k = torch.randint(n_steps, (1,), generator=generator, device=device).expand(len(clean))
         return self.predictions(self.diffusion.add_noise(clean, noise, k), k, z, mu, sigma)
 
-    def predictor(
-        self,
-        obs: dict[str, Tensor],
-        record: list | None = None,
-        noise: torch.Generator | None = None,
-        known: Float[Tensor, "batch time action"] | None = None,
-    ) -> Callable:
-        "The GuidedDenoiser of these observations; `known` as in `replan`."
-        mu, logvar = self.encode(obs)
-        sigma, residual = (0.5 * logvar).exp(), self.residual_of(obs, known)
+    def denoiser(self, mu, sigma, record, noise, residual) -> GuidedDenoiser:
+        "A GuidedDenoiser that begins at `mu`."
         return GuidedDenoiser(self, self.guidance, mu, sigma, record, noise, residual)
 
 # %% ../../nbs/methods/dp_ag.ipynb #b6661b29
