@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Steps', 'FREE', 'METHODS', 'STILL', 'SCHEMA', 'SINCE', 'Policy', 'PolicyConfig', 'MethodConfig', 'action_reference',
            'encoder_input', 'Acting', 'acting_as', 'EncodingPolicy', 'ChunkPolicy', 'NoiseNetPolicy', 'MethodEntry',
-           'register_method', 'windows_to_fit', 'fit_action_scale', 'check_fit', 'build_policy', 'save_policy',
-           'read_meta', 'load_weights', 'check_weights', 'load_policy', 'Actor']
+           'register_method', 'windows_to_fit', 'fit_action_scale', 'check_fit', 'build_policy', 'own_tensors',
+           'save_policy', 'read_meta', 'load_weights', 'check_weights', 'load_policy', 'Actor']
 
 # %% ../nbs/06_policy.ipynb #131d5426
 import json
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field, ValidationError, model_validator
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 from . import __version__
@@ -425,6 +425,16 @@ def build_policy(
 SCHEMA = 5
 
 
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    "A model's tensors by name; one that has several names, under the first of them."
+    # safetensors' save_model would note the other names in the file, in an order that is another each time.
+    names: dict[tuple, str] = {}
+    for name, t in sorted(model.state_dict().items()):
+        place = (t.data_ptr(), t.shape, t.stride()) if t.numel() else (name,)
+        names.setdefault(place, name)
+    return {name: t.contiguous() for name, t in model.state_dict().items() if name in names.values()}
+
+
 def save_policy(path, policy: ChunkPolicy, info: dict | None = None):
     """Write a sealed checkpoint folder that load_policy reads; an existing one is replaced. `info` is for the
     reader."""
@@ -441,8 +451,7 @@ def save_policy(path, policy: ChunkPolicy, info: dict | None = None):
         },
     }
     with atomic_folder(path) as folder:
-        # A weight that has two names is written once.
-        save_model(policy, str(folder / WEIGHTS))
+        save_file(own_tensors(policy), str(folder / WEIGHTS))
         write_text(folder / CHECKPOINT, json.dumps(meta, indent=1, sort_keys=True))
         write_text(folder / CARD, model_card(meta))
         seal(folder)

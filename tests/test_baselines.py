@@ -21,7 +21,7 @@ from dpag.methods.flow_policy import FlowPolicyConfig, consistency_loss, segment
 from dpag.methods.ibc import IBCConfig, dropped, search
 from dpag.methods.lstm_gmm import last_steps, robomimic_algo
 from dpag.methods.toy import TOY, learn, toy_policy, two_ways, walk
-from dpag.policy import METHODS, build_policy, load_policy, save_policy
+from dpag.policy import METHODS, WEIGHTS, build_policy, load_policy, save_policy
 from dpag.settings import load
 from dpag.stats import clopper_pearson
 from dpag.tasks.base import joined
@@ -121,6 +121,18 @@ def test_saved_and_loaded_acts_bit_identically(made, kind, tmp_path):
     again, _ = load_policy(tmp_path / "c")
     policy.eval()
     assert torch.equal(again.act(batch["obs"], generator("a")), policy.act(batch["obs"], generator("a")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_policy_is_the_same_file(made, kind, tmp_path):
+    "To the byte, also where a weight has two names; and all of it comes back."
+    policy, files = made[kind][0], []
+    for i in range(5):
+        save_policy(tmp_path / str(i), policy)
+        files.append((tmp_path / str(i) / WEIGHTS).read_bytes())
+    assert len(set(files)) == 1
+    state, again = policy.state_dict(), load_policy(tmp_path / "0")[0].state_dict()
+    assert state.keys() == again.keys() and all(torch.equal(state[k], again[k]) for k in state)
 
 
 @pytest.mark.parametrize("kind", ["lstm_gmm", "bet"])
