@@ -2,7 +2,7 @@
 
 python tools/bench_before.py COMMIT [--runs 3]
 
-Each has a clone and an environment of its own, which are made first; before each run all that the last one has
+Each has a clone and an environment of its own, made first; before each run all that the last one has
 left is removed. Nothing else should run on the machine."""
 
 import argparse
