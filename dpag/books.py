@@ -81,7 +81,8 @@ class Stages:
         "`wait` for whoever holds DVC's lock; otherwise that is an error, after three seconds."
         from dvc.repo import Repo
 
-        logging.getLogger("dvc").setLevel(logging.CRITICAL)  # bars and hints are not for this screen
+        for name in ("dvc", "dvc_data", "dvc_objects"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # bars and hints are not for this screen
         with dvc_errors():
             self.repo, self.folder = Repo(str(folder), _wait_for_lock=wait), folder
             graph = self.repo.index.graph

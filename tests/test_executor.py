@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpag.executor import End, Job, Local, Machine, Ray, within
-from dpag.progress import failure, slowness, still
+from dpag.progress import failure, last_line, place, slowness, still
 from dpag.schedule import (
     Driver,
     NoBooks,
@@ -255,6 +255,15 @@ def test_a_full_disk_and_a_straggler_are_one_sentence_each(tmp_path):
     assert failure("train@x", log).splitlines()[0] == "stage train@x failed: the disk of node7 is full"
     assert slowness("x", 100.0, {"x": 20.0}) == " (5 times as long as expected)"
     assert slowness("x", 50.0, {"x": 20.0}) == slowness("x", 25.0, {"x": 1.0}) == ""
+
+
+def test_the_last_words_are_of_the_work(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("on node7, GPU 0\nWorking directory: .\nExecuting Cell 5---\n", encoding="utf-8")
+    assert (last_line(log), place(log)) == ("", "node7, GPU 0")
+    with open(log, "a", encoding="utf-8") as f:
+        f.write("dp s0:  10%|#| 6/60\rdp s0:  50%|#| 30/60\nEnding Cell 5---\n")
+    assert last_line(log) == "dp s0:  50%|#| 30/60"
 
 
 # Clusters
