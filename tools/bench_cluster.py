@@ -126,7 +126,8 @@ def run(case: str, clone: Path, args: argparse.Namespace) -> dict:
         cluster.shutdown()
     n, of = ended(clone.with_suffix(".log"))
     if process.returncode or ("killed" in case and not killed):
-        raise SystemExit(f"{case}: status {process.returncode}, killed: {killed or 'nothing'}")
+        said = clone.with_suffix(".log").read_text(encoding="utf-8")
+        raise SystemExit(f"{said}\n{case}: status {process.returncode}, killed: {killed or 'nothing'}")
     return {"case": case, "killed": killed, "seconds": round(took, 1), "stages": of}
 
 
