@@ -141,6 +141,12 @@ def check_processes(model: nn.Module, n: int) -> torch.device:
         raise RuntimeError(
             f"train.processes = {n}: accelerate is not installed; pip install 'dpag[parallel]' does it"
         )
+    from accelerate import PartialState
+
+    if PartialState._shared_state:
+        raise RuntimeError(
+            f"train.processes = {n}: accelerate is in use in this process already; allowed is 1 here"
+        )
     return device
 
 

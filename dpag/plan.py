@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_CODE', 'EXPERIMENTS', 'source_of', 'code_of', 'imported', 'closure', 'code', 'wanted_cells', 'data_stage',
-           'cell_stage', 'processes_of', 'study_stage', 'studies', 'sampling_stages', 'replanning_stages', 'make_plan',
-           'plan_path', 'stage_names', 'read_plan', 'write_plan', 'main']
+           'cell_stage', 'processes_of', 'study_stage', 'studies', 'sampling_stages', 'acts_on', 'replanning_stages',
+           'make_plan', 'plan_path', 'stage_names', 'read_plan', 'write_plan', 'main']
 
 # %% ../nbs/12_plan.ipynb #7f0e3ea4
 import argparse
@@ -22,7 +22,7 @@ from .config import SettingsError
 from .files import read_text, root, write_text
 from .paths import Cell, own
 from .policy import METHODS
-from .settings import Settings, data_settings, data_stage_settings, load
+from .settings import CellSettings, Settings, data_settings, data_stage_settings, load
 from .tasks.base import TASKS
 from .train import SHARED
 
@@ -191,6 +191,12 @@ def sampling_stages(settings: Settings, cells: list[Cell]) -> dict[str, dict]:
     return stages
 
 
+def acts_on(cell: CellSettings) -> dict:
+    "What a study of acting takes from a cell's settings, beside its own section."
+    evaluate = cell.evaluate.model_dump(mode="json", include={"first_seed", "at_once"})
+    return {"evaluate": evaluate, "task": cell.task.model_dump(mode="json")}
+
+
 def replanning_stages(settings: Settings, cells: list[Cell]) -> dict[str, dict]:
     "The stages that measure how often to plan again, one for each task that is trained."
     stages, run, s = {}, settings.run, settings.replanning
@@ -198,7 +204,9 @@ def replanning_stages(settings: Settings, cells: list[Cell]) -> dict[str, dict]:
         if any(c.task == task and c.train_seed in methods.get(c.method, []) for c in cells):
             kinds = {settings.method(method).kind for method in methods}
             modules = [TASKS[task].module, *sorted(METHODS[kind].module for kind in kinds)]
-            parts = {"task": task, "settings": {**s.model_dump(mode="json"), "tasks": {task: methods}}}
+            acts = {method: acts_on(settings.cell(task, method)) for method in methods}
+            asked = {**s.model_dump(mode="json"), "tasks": {task: methods}, "acts": acts}
+            parts = {"task": task, "settings": asked}
             notebook = f"{EXPERIMENTS}/e10_replanning.ipynb"
             stages[f"{run}-{task}"] = {"run": run, **parts, "code": code(notebook, *modules)}
     return stages

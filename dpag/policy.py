@@ -170,13 +170,12 @@ FREE = {"diffusion", "n_action_steps"}  # fields of a policy that denoises, whic
 def acting_as(now: Acting, changes: dict, denoises: bool, where: str = "") -> Acting:
     "The settings with `changes`, as EvaluateConfig.acting has them. Raises SettingsError, after `where`."
     rest, policy = dict(changes), changes.get("policy", {})
-    residual = rest.pop("residual", {})
-    asked = sorted(set(policy) - FREE)
+    residual, front = rest.pop("residual", {}), f"{where}." if where else ""
+    asked = sorted(set(policy) - FREE) if isinstance(policy, dict) else []
     if asked or (not denoises and (policy or residual)):
         what = f"policy.{asked[0]}" if asked and denoises else "policy" if policy else "residual"
         kind = f"{where}: {now.method.kind}" if where else now.method.kind
         raise SettingsError(f"{kind} cannot change {what} when acting, only its own settings")
-    front = f"{where}." if where else ""
     return Acting(
         changed(now.method, rest, where=where or now.method.kind),
         changed(now.policy, policy, where=f"{front}policy"),
@@ -230,7 +229,8 @@ class EncodingPolicy(Policy):
 
     def act_as(self, changes: dict):
         """Change what matters when acting: fields of `method`, and, where a method denoises, `residual` and
-        `policy: {diffusion: …, n_action_steps: …}`. Returns self. Raises SettingsError."""
+        `policy: {diffusion: …, n_action_steps: …}`. `residual` is for `replan`: `act` does not know the last
+        plan, and a checkpoint does not keep it. Returns self. Raises SettingsError."""
         now = Acting(self.method, self.settings, self.residual)
         self.method, self.settings, self.residual = acting_as(now, changes, self.denoises)
         self.n_action_steps = self.settings.n_action_steps

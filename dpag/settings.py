@@ -12,7 +12,6 @@ __all__ = ['Kind', 'RunName', 'MOST', 'EXPONENT', 'RUN', 'CellSettings', 'data_s
 
 # %% ../nbs/09_settings.ipynb #6fb3cae2
 import functools
-import itertools
 import json
 import re
 import subprocess
@@ -440,8 +439,11 @@ def check_replanning(settings: Settings):
             if s.n_states > cell.evaluate.n_episodes:
                 most = f"at most evaluate.n_episodes = {cell.evaluate.n_episodes} of {task}"
                 raise SettingsError(f"replanning.n_states = {s.n_states}: {most}")
-            for every, residual in itertools.product(s.every, s.residual.values()):
-                check_acting(cell, {"policy": {"n_action_steps": every}, "residual": residual}, "replanning")
+            for every in s.every:
+                where = f"replanning.every = {every}, {method} on {task}"
+                check_acting(cell, {"policy": {"n_action_steps": every}}, where)
+            for name, residual in s.residual.items():
+                check_acting(cell, {"residual": residual}, f"replanning.residual.{name}, {method} on {task}")
 
 # %% ../nbs/09_settings.ipynb #f4ca2916
 RUN = ("pipeline", "ablation", "sampling", "replanning")  # the sections that say what is run

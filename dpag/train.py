@@ -481,7 +481,7 @@ def warn_of_few_windows(dataset, settings: TrainConfig):
     if settings.batch_size > n:
         where = f"batch_size = {settings.batch_size} of {n} windows"
         warnings.warn(
-            f"{where}: a batch repeats windows, and the contrastive loss meets copies", stacklevel=4
+            f"{where}: a batch repeats windows, and the contrastive loss meets copies", stacklevel=5
         )
 
 # %% ../nbs/08_train.ipynb #b40cbb7b
@@ -606,19 +606,18 @@ def fit_together(
     """Train all `trainees` in place, as `fit` does one, with their steps taken together; the log of each.
 
     Raises ValueError where their nets differ in more than their weights, or cannot be stacked; SettingsError
-    where several are to share several processes."""
-    if len(trainees) > 1 and settings.processes > 1:
+    for several processes, which `fit` starts for one net."""
+    if settings.processes != here().n:
         raise SettingsError(
-            f"train.processes = {settings.processes}: {len(trainees)} seeds that train together share one; "
-            "allowed is 1, or execution.together = false"
+            f"train.processes = {settings.processes}: nets that train together share one process; allowed is "
+            "1, or one net by `fit` (execution.together = false)"
         )
     torch.set_num_threads(settings.threads)
     warn_of_few_windows(dataset, settings)
     aside = watched(validation, settings)
     with contextlib.ExitStack() as stack:
-        trainings = [Training(t, dataset, settings, fingerprint, aside) for t in trainees]
-        for t in trainings:
-            stack.enter_context(contextlib.closing(t))
+        made = (Training(t, dataset, settings, fingerprint, aside) for t in trainees)
+        trainings = [stack.enter_context(contextlib.closing(t)) for t in made]
         total, done = settings.steps * len(trainings), sum(t.done for t in trainings)
         bar = stack.enter_context(progress(here(), total, done, name))
         latest = max(t.done for t in trainings)

@@ -350,6 +350,31 @@ def test_a_stage_that_fails_leaves_the_others_in_dvc(small):
     assert driver.failed == ["add"] and set(lock(small)["stages"]) == {"count"}
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_driver_that_is_killed_while_it_writes_dvcs_lock_loses_nothing(known, small, monkeypatch):
+    "As a SIGKILL leaves it: half of the file is there."
+    from dvc.dvcfile import ProjectFile
+
+    if known:
+        drive(small)
+        write_text(small / "n", "5")
+    dump = ProjectFile.dump_stages
+
+    def killed(*args, **options):
+        dump(*args, **options)
+        text = read_text(small / "dvc.lock")
+        (small / "dvc.lock").write_text(text[: len(text) // 2], encoding="utf-8")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ProjectFile, "dump_stages", killed)
+        drive(small)
+    before = n_runs(small)
+    drive(small)
+    assert dvc("status").strip() == "Data and pipelines are up to date."
+    assert n_runs(small) == before + 1, "the stage that had ended did not run again"
+
+
 @pytest.mark.parametrize("meanwhile", ["nothing", "its input changed", "its result changed"])
 def test_a_stage_that_ended_after_the_driver_was_killed_need_not_run_again(meanwhile, small):
     books = DvcBooks(small)

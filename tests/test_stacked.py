@@ -243,7 +243,15 @@ def test_the_seeds_are_a_parameter_of_the_first_ones_notebook():
     assert "together" in read_text(root() / "nbs/experiments/e02_train.ipynb")
 
 
-def test_several_seeds_and_several_processes_do_not_go_together():
+@pytest.mark.parametrize("n", [1, 2])
+def test_only_fit_starts_several_processes(n):
     two = changed(HUNDRED, {"processes": 2}, where="train")
-    with pytest.raises(SettingsError, match=r"train\.processes = 2: 2 seeds that train together share one"):
-        fit_together([Trainee(None), Trainee(None)], DATA, two)
+    with pytest.raises(
+        SettingsError, match=r"train\.processes = 2: nets that train together share one process"
+    ):
+        fit_together([Trainee(None)] * n, DATA, two)
+
+
+def test_the_first_seeds_notebook_starts_them():
+    book = read_text(root() / "nbs/experiments/e02_train.ipynb")
+    assert "log = fit(trainees[0].model" in book and "if len(trainees) > 1" in book

@@ -140,23 +140,23 @@ def main():
         "--cases", default=",".join(CASES), help="the first is what the others are compared with"
     )
     args = parser.parse_args()
-    rows: list[dict] = []
+    path, rows = root() / "results/cluster.csv", list[dict]()
+    known = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame()
+    if len(known):
+        known = known[(known.profile != args.profile) | (known.only != args.only)]
+    first: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as tmp:
         for i, case in enumerate(args.cases.split(",")):
             clone = Path(tmp).resolve() / f"case{i}"
             row = run(case, clone, args)
             found = results(clone)
-            first = found if not rows else first
+            first = first or found
             unlike = sorted(name for name in first | found if first.get(name) != found.get(name))
             row |= {"compared": len(found), "unlike": " ".join(unlike)}
             rows.append({"profile": args.profile, "only": args.only, **row})
             print(pd.DataFrame(rows).to_string(index=False), flush=True)
-    path = root() / "results/cluster.csv"
-    known = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame()
-    if len(known):
-        known = known[(known.profile != args.profile) | (known.only != args.only)]
-    with atomic(path) as part:
-        pd.concat([known, pd.DataFrame(rows)]).to_csv(part, index=False)
+            with atomic(path) as part:
+                pd.concat([known, pd.DataFrame(rows)]).to_csv(part, index=False)
 
 
 if __name__ == "__main__":
