@@ -188,9 +188,8 @@ class DvcBooks(Stages):
             self.keeping.pop(name).result()
         if new:
             stages = [self.stages[name] for name in new]
-            with dvc_errors(), self.repo.lock:
-                with whole(self.folder / "dvc.lock"):
-                    stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
+            with dvc_errors(), self.repo.lock, whole(self.folder / "dvc.lock"):
+                stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
             for name in new:
                 Slip(self.folder, name).tear()
         return [*unchanged, *new]
