@@ -190,7 +190,7 @@ def sampling_stages(settings: Settings, cells: list[Cell]) -> dict[str, dict]:
             stages[f"{run}-{task}"] = {"run": run, **parts, "code": code(notebook, *modules)}
     return stages
 
-
+# %% ../nbs/12_plan.ipynb #7e4d3113
 def acts_on(cell: CellSettings) -> dict:
     "What a study of acting takes from a cell's settings, beside its own section."
     evaluate = cell.evaluate.model_dump(mode="json", include={"first_seed", "at_once"})
