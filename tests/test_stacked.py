@@ -16,7 +16,7 @@ from dpag.methods.dp_ag import DPAGConfig
 from dpag.paths import Cell
 from dpag.pipeline import after_the_first, jobs_of, joined
 from dpag.policy import METHODS, build_policy
-from dpag.settings import load
+from dpag.settings import ExecutionConfig, load
 from dpag.train import TrainConfig, Trainee, fit, fit_together
 from dpag.validation import split
 
