@@ -129,8 +129,7 @@ def whole(rows: Float[Tensor, "rows ..."]) -> Float[Tensor, "all ..."]:
     """The rows of all parts of a batch, process by process; outside of `Part.drawing`, `rows`.
 
     Only this process's have a gradient, n times it: for a loss that every process computes, and whose
-    gradient is
-    averaged over them."""
+    gradient is averaged over them."""
     part = _DRAWING.get()
     if part.n == 1:
         return rows
