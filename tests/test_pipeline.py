@@ -375,6 +375,15 @@ def test_a_driver_that_is_killed_while_it_writes_dvcs_lock_loses_nothing(known, 
     assert n_runs(small) == before + 1, "the stage that had ended did not run again"
 
 
+@pytest.mark.parametrize("half", ["", '{"/a/b": {"read": [{"pi'])
+def test_a_driver_that_was_killed_while_dvc_noted_who_reads_what_goes_on(half, small):
+    drive(small)
+    (small / ".dvc/tmp/rwlock").write_text(half, encoding="utf-8")
+    write_text(small / "n", "5")
+    assert set(drive(small).ran) == {"count", "add"}
+    assert dvc("status").strip() == "Data and pipelines are up to date."
+
+
 @pytest.mark.parametrize("meanwhile", ["nothing", "its input changed", "its result changed"])
 def test_a_stage_that_ended_after_the_driver_was_killed_need_not_run_again(meanwhile, small):
     books = DvcBooks(small)
