@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpag import pipeline, plan, warm
+from dpag import books, pipeline, plan, warm
 from dpag.books import DvcBooks
 from dpag.config import SettingsError
 from dpag.executor import Job, Local
@@ -373,6 +373,22 @@ def test_a_driver_that_is_killed_while_it_writes_dvcs_lock_loses_nothing(known, 
     drive(small)
     assert dvc("status").strip() == "Data and pipelines are up to date."
     assert n_runs(small) == before + 1, "the stage that had ended did not run again"
+
+
+def test_dvcs_lock_is_written_once_for_many_stages_and_what_is_unwritten_is_not_forgotten(small, monkeypatch):
+    monkeypatch.setattr(books, "WRITING", 1e-9)  # after the first time not again
+    own = DvcBooks(small)
+    for name in ("count", "add"):
+        assert own.begin(name)
+        subprocess.run(own.command(name), shell=True, check=True)
+        own.end(name)
+        while not own.kept():
+            time.sleep(0.01)
+    assert set(lock(small)["stages"]) == {"count"}
+    own.repo.close()  # killed
+    again = drive(small)
+    assert n_runs(small) == 2 and not again.ran and set(lock(small)["stages"]) == {"count", "add"}
+    assert dvc("status").strip() == "Data and pipelines are up to date."
 
 
 @pytest.mark.parametrize("half", ["", '{"/a/b": {"read": [{"pi'])

@@ -1,14 +1,21 @@
 """What the pipeline's driver costs, and how good its order is: python tools/bench_pipeline.py
 
 Nothing is trained. The schedule is that of the profile `paper` with the times in results/times.csv, on a
-clock that is not real; the overhead is that of stages that take no time. Written to results/pipeline.md."""
+clock that is not real; the overhead is that of stages that take no time, first without DVC, then with it.
+Written to results/pipeline.md."""
 
+import contextlib
 import os
+import tempfile
 import time
+from pathlib import Path
 
 import pandas as pd
+import yaml
+from dvc.repo import Repo
 
-from dpag.executor import Job, Machine
+from dpag.books import DvcBooks
+from dpag.executor import End, Job, Machine
 from dpag.files import write_text
 from dpag.paths import published
 from dpag.plan import make_plan
@@ -64,15 +71,49 @@ def schedule(run: str, machines: list[Machine]) -> dict:
     }
 
 
+def chains(n: int, width: int) -> dict[str, set[str]]:
+    "`n` stages in `width` chains."
+    return {str(i): {str(i - width)} if i >= width else set() for i in range(n)}
+
+
 def overhead(n: int, width: int = 100) -> dict:
     "A row: what the driver takes for `n` stages of no time, in chains of which `width` run side by side."
-    graph = {str(i): {str(i - width)} if i >= width else set() for i in range(n)}
+    graph = chains(n, width)
     jobs, seconds = {s: Job(s, "") for s in graph}, dict.fromkeys(graph, 0.0)
     executor = Simulated([Machine(width, 1e6)], seconds)
     start = time.perf_counter()
     run_all(Driver(graph, jobs, seconds, executor, NoBooks()))
     took = time.perf_counter() - start
     return {"stages": n, "seconds": took, "ms a stage": 1e3 * took / n}
+
+
+class Writing(Simulated):
+    "Stages that take no time and write one small file each."
+
+    def submit(self, job: Job):
+        super().submit(job)
+        Path(job.name).write_text(job.name, encoding="utf-8")
+
+    def wait(self, seconds: float) -> list[End]:
+        if not self.running:
+            time.sleep(0.001)  # DVC's thread is at work
+        return super().wait(seconds)
+
+
+def with_dvc(n: int, width: int = 100) -> dict:
+    "A row: the same with DVC, which hashes what each stage has made, caches it and writes dvc.lock."
+    graph = chains(n, width)
+    stages = {s: {"cmd": f"echo {s} > {s}", "deps": sorted(needs), "outs": [s]} for s, needs in graph.items()}
+    jobs, seconds = {s: Job(s, "") for s in graph}, dict.fromkeys(graph, 0.0)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Repo.init(no_scm=True).close()
+        write_text(Path("dvc.yaml"), yaml.safe_dump({"stages": stages}))
+        start = time.perf_counter()
+        with contextlib.closing(DvcBooks(Path(folder))) as books:
+            opened = time.perf_counter() - start
+            run_all(Driver(graph, jobs, seconds, Writing([Machine(width, 1e6)], seconds), books))
+        took = time.perf_counter() - start
+    return {"stages": n, "opened in, s": opened, "seconds": took, "ms a stage": 1e3 * took / n}
 
 
 TEXT = """# The pipeline's driver
@@ -89,6 +130,12 @@ The bound is the longer of two: the longest way, and all work on GPUs shared eve
 ## Stages that take no time
 
 {overheads}
+
+## The same with DVC's books
+
+Each stage writes a file of a few bytes, which is hashed and cached; dvc.lock is written whole each time.
+
+{books}
 """
 
 
@@ -96,11 +143,13 @@ def main():
     clusters = [[Machine(64, 512, 8) for _ in range(n)] for n in (1, 3, 4, 8)]
     rows = pd.DataFrame([schedule("paper-human", machines) for machines in clusters])
     zero = pd.DataFrame([overhead(n) for n in (1000, 10_000)])
+    dvc = pd.DataFrame([with_dvc(n) for n in (100, 1000, 10_000)])
     text = TEXT.format(
         cpus=os.cpu_count(),
         cells=rows.pop("cells")[0],
         schedules=rows.to_markdown(index=False, floatfmt=".4g"),
         overheads=zero.to_markdown(index=False, floatfmt=".4g"),
+        books=dvc.to_markdown(index=False, floatfmt=".4g"),
     )
     write_text(published().folder / "pipeline.md", text)
     print(text)
