@@ -140,3 +140,9 @@ def test_levels_are_in_order_of_difficulty():
     assert list(levels_of("few", long)) == ["pusht_kp_few_100", "pusht_kp_few_10"]
     assert list(levels_of("noise", long)) == ["pusht_kp_noise_2", "pusht_kp_noise_10"]
     assert list(levels_of("late", long)) == []
+    alone = interplay_rows(
+        pd.DataFrame([r | {"task": "pusht_kp_noise_0"} for r in rows if r["task"].endswith("_2")])
+    )
+    assert not levels_of("noise", alone) and not levels_of("few", alone)
+    both = levels_of("few", pd.concat([long, alone]))
+    assert list(both) == ["pusht_kp_noise_0", "pusht_kp_few_100", "pusht_kp_few_10"]
