@@ -133,7 +133,8 @@ The bound is the longer of two: the longest way, and all work on GPUs shared eve
 
 ## The same with DVC's books
 
-Each stage writes a file of a few bytes, which is hashed and cached; dvc.lock is written once for all of a while.
+Each stage writes a file of a few bytes, which is hashed and cached; dvc.lock is written
+once for all stages of a while.
 
 {books}
 """
