@@ -9,11 +9,12 @@ __all__ = ['read_times', 'likely_seconds', 'waiting_for', 'longest_ways', 'Books
 # %% ../nbs/12_schedule.ipynb #b2c44562
 import csv
 import heapq
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Protocol
 
 from .executor import End, Executor, Job, Machine, within
@@ -31,10 +32,11 @@ def read_times(*paths: Path) -> dict[str, float]:
     return found
 
 
-def _alike(stage: str) -> tuple[str, str, str]:
-    "What a stage has in common with others: all but its seed, its kind and run, its kind."
+def _alike(stage: str) -> tuple[str, str, str, str]:
+    "What a stage has in common with others: all but its seed; kind, profile, method; kind, profile; kind."
     kind, _, name = stage.partition("@")
-    return stage.rpartition("-s")[0], f"{kind}@{'-'.join(name.split('-')[:2])}", kind
+    seeds, profile = re.sub(r"-s\d+$", "", stage), f"{kind}@{name.split('-')[0]}"
+    return seeds, f"{profile} {seeds.rpartition('-')[2]}", profile, kind
 
 
 def likely_seconds(stages: Iterable[str], known: Mapping[str, float]) -> dict[str, float]:
@@ -43,7 +45,9 @@ def likely_seconds(stages: Iterable[str], known: Mapping[str, float]) -> dict[st
     for stage, seconds in known.items():
         for key in _alike(stage):
             alike[key].append(seconds)
-    return {s: known.get(s) or next((mean(alike[k]) for k in _alike(s) if k in alike), 60.0) for s in stages}
+    return {
+        s: known.get(s) or next((median(alike[k]) for k in _alike(s) if k in alike), 60.0) for s in stages
+    }
 
 # %% ../nbs/12_schedule.ipynb #7b61918c
 def waiting_for(graph: Mapping[str, set[str]]) -> dict[str, list[str]]:

@@ -240,6 +240,18 @@ def test_the_estimate_is_of_what_was_measured(tmp_path):
     assert list(likely_seconds(wanted, known).values()) == [20.5, 15.25, 60]
 
 
+def test_a_stage_that_nobody_measured_takes_as_long_as_the_likest():
+    known = {"train@laptop-scripted-x-dp-s0": 10.0, "train@laptop-human-y-dp_ag-s0": 40.0}
+    known |= {f"train@paper-human-{task}-dp-s0": 9000.0 for task in "abc"}
+    wanted = [
+        "train@laptop-human-z-dp-s1",
+        "train@laptop-scripted-z-ibc-s0",
+        "train@other-scripted-x-dp-s0",
+        "data@x-scripted-y",
+    ]
+    assert list(likely_seconds(wanted, known).values()) == [10, 25, 9000, 60]
+
+
 def test_what_is_left_counts_what_runs():
     executor = Simulated([Machine(1, 8)], TIMES)
     driver = Driver(DIAMOND, {s: Job(s, "") for s in DIAMOND}, TIMES, executor, NoBooks())
