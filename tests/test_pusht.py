@@ -235,3 +235,39 @@ def test_what_a_task_sets_for_every_method():
 def test_a_wrong_setting_is_named():
     with pytest.raises(SettingsError, match=r"tasks.pusht_kp.ball.speed = .*must be \[lowest, highest\]"):
         TASKS["pusht_kp"].configure({"ball": {"speed": [9, 1]}})
+
+
+# Another goal
+
+
+def test_coverage_and_picture_follow_the_goal():
+    env = PushTDictEnv("image", goal=(150.0, 300.0, 2.0))
+    env.reset(seed=0)
+    image = env.set_state(np.array([60.0, 60.0, 150.0, 300.0, 2.0]))["image"]
+    assert env.simulator._get_coverage() == pytest.approx(1)
+    env.simulator.goal_pose = np.array([256.0, 256.0, np.pi / 4])  # under a block that rests
+    assert env.simulator._get_coverage() < 0.5
+    assert (env.observe()["image"] != image).any()
+    env.reset(seed=0)  # its own goal again
+    assert (env.set_state(np.array([60.0, 60.0, 150.0, 300.0, 2.0]))["image"] == image).all()
+    assert env.simulator._get_coverage() == pytest.approx(1)
+
+
+def test_a_table_turned_by_a_quarter_scores_the_same():
+    turned = PushTDictEnv(goal=(256.0, 256.0, np.pi / 4 + np.pi / 2))
+    usual = PushTDictEnv()
+    rng = np.random.default_rng(0)
+    for env in (usual, turned):
+        env.reset(seed=0)
+    usual.set_state(np.array([200.0, 150.0, 280.0, 250.0, 1.0]))
+    turned.set_state(np.array([512 - 150.0, 200.0, 512 - 250.0, 280.0, 1.0 + np.pi / 2]))
+    for x, y in rng.uniform(200, 312, (10, 2)):
+        _, score, *_ = usual.step(np.array([x, y]))
+        _, again, *_ = turned.step(np.array([512 - y, x]))
+        assert score > 0 and again == pytest.approx(score, abs=1e-3)
+
+
+@pytest.mark.parametrize("goal", [(600.0, 0.0, 0.0), (1.0, 2.0), (float("nan"), 1.0, 1.0)])
+def test_a_goal_off_the_table_is_refused(goal):
+    with pytest.raises(ValueError, match="goal = .*allowed"):
+        PushTDictEnv(goal=goal)

@@ -10,7 +10,7 @@ __all__ = ['HUMAN_URL', 'HUMAN_SHA256', 'observation_space', 'get_state', 'set_e
 # %% ../../../nbs/tasks/pusht/env.ipynb #00ab08f8
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,20 @@ class PushTDictEnv(gym.Env):
     """gym-pusht with observations `{keypoints: (16,), agent_pos: (2,)}` in px or
     `{image: (96, 96, 3) uint8, agent_pos: (2,)}`; actions are target positions `(2,)` in px.
 
-    `size` is the side of what `render` draws, in pixels."""
+    `size` is the side of what `render` draws, in pixels; `goal` is where the T belongs, x and y in px and the
+    angle in rad, None for gym-pusht's own place."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
-    def __init__(self, observation: str = "keypoints", size: int = 96, render_mode: str | None = "rgb_array"):
+    def __init__(
+        self,
+        observation: str = "keypoints",
+        size: int = 96,
+        render_mode: str | None = "rgb_array",
+        goal: Sequence[float] | None = None,
+    ):
         self.observation_space = observation_space(observation)
-        self.simulator = Simulator(size)
+        self.simulator = Simulator(size, goal)
         self.action_space = self.simulator.action_space
         self.observation, self.render_mode = observation, render_mode
         self.observing, self.image = True, np.zeros((96, 96, 3), np.uint8)

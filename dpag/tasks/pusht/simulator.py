@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Polygon', 'BOXES', 'T_AREA', 'INSIDE', 'cut', 'area', 'overlap', 'coverage', 'shades', 'rounded', 'paint_edge',
-           'paint_polygon', 'paint_circle', 'paint_wall', 'empty_table', 'Contacts', 'Painter', 'Simulator']
+           'paint_polygon', 'paint_circle', 'paint_wall', 'empty_table', 'Contacts', 'Painter', 'checked_goal',
+           'Simulator']
 
 # %% ../../../nbs/tasks/pusht/simulator.ipynb #803f2794
 import functools
 import math
 import os
+from collections.abc import Sequence
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -180,15 +182,30 @@ class Painter:
         return self.screen
 
 # %% ../../../nbs/tasks/pusht/simulator.ipynb #1aff8e2f
-class Simulator(PushTEnv):
-    "gym-pusht. `size` is the side in px of what `render` draws."
+def checked_goal(goal: Sequence[float]) -> tuple[float, float, float]:
+    "A goal's x, y (px) and angle (rad). Raises ValueError for one that is not on the table."
+    pose = [float(v) for v in goal]
+    if len(pose) != 3 or not all(map(math.isfinite, pose)) or not all(0 <= v <= 512 for v in pose[:2]):
+        raise ValueError(f"goal = {pose}: allowed are x and y from 0 to 512 px, and an angle in rad")
+    return pose[0], pose[1], pose[2]
 
-    def __init__(self, size: int = 96):
+
+class Simulator(PushTEnv):
+    """gym-pusht. `size` is the side in px of what `render` draws; `goal` is where the T belongs, x, y (px)
+    and angle (rad), None for gym-pusht's own place. Raises ValueError for a goal off the table."""
+
+    def __init__(self, size: int = 96, goal: Sequence[float] | None = None):
         super().__init__(
             obs_type="environment_state_agent_pos", visualization_width=size, visualization_height=size
         )
+        self.goal = None if goal is None else checked_goal(goal)
         self._covered: tuple[tuple, float] = ((), 0.0)
-        self._painter: Painter | None = None
+        self._painted: tuple[list[float], Painter] | None = None
+
+    def _setup(self):
+        super()._setup()
+        if self.goal is not None:
+            self.goal_pose = np.array(self.goal)
 
     def _handle_collision(self, arbiter, space, data):
         "Called at each contact, to count its points."
@@ -207,9 +224,10 @@ class Simulator(PushTEnv):
 
     def _get_coverage(self) -> float:
         (x, y), angle = self.block.position, self.block.angle
-        pose = x, y, angle
-        if pose != self._covered[0]:
-            self._covered = pose, coverage(x, y, angle, tuple(self.goal_pose.tolist()))
+        goal = tuple(self.goal_pose.tolist())
+        poses = x, y, angle, *goal
+        if poses != self._covered[0]:
+            self._covered = poses, coverage(x, y, angle, goal)
         return self._covered[1]
 
     def keypoints(self) -> np.ndarray:
@@ -220,11 +238,12 @@ class Simulator(PushTEnv):
         return np.array([p for u, v in corners for p in (u * c - v * s + x, u * s + v * c + y)])
 
     def _draw(self):
-        if self._painter is None:
-            shapes, goal = self.space.shapes, self.get_goal_pose_body(self.goal_pose)
-            walls = [s for s in shapes if isinstance(s, pymunk.Segment)]
-            self._painter = Painter(empty_table(goal, self._block_shapes, walls))
-        return self._painter.paint(self.space)
+        goal = self.goal_pose.tolist()
+        if self._painted is None or self._painted[0] != goal:
+            walls = [s for s in self.space.shapes if isinstance(s, pymunk.Segment)]
+            table = empty_table(self.get_goal_pose_body(self.goal_pose), self._block_shapes, walls)
+            self._painted = goal, Painter(table)
+        return self._painted[1].paint(self.space)
 
     def image(self) -> np.ndarray:
         "The table from above, `(96, 96, 3)` uint8."
