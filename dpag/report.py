@@ -30,7 +30,7 @@ from .ablation import ABLATION, plot_ablation
 from .config import SettingsError
 from .figures import about_figure, save_figure
 from .files import SUMS, DamagedError, atomic, atomic_folder, check_seal, read_text, seal, write_text
-from .interplay import INTERPLAY, interplay_rows, levels_of, plot_gains
+from .interplay import INTERPLAY, interplay_rows, plot_gains, ways_of
 from .paths import Cell, Results, own, published
 from .plots import overview_points, plot_curve, plot_distribution, plot_overview, plot_spirals
 from .rows import LATENCY, Evaluation, Measured, check_evaluation, is_variant, read_csv, read_rows
@@ -51,7 +51,6 @@ from dpag.tables import (
     task_title,
     write_table,
 )
-from .tasks.pusht.task import DIFFICULTIES
 
 # %% ../nbs/11_report.ipynb #512fc999
 def published_columns(metric: str) -> tuple[Column, ...]:
@@ -372,7 +371,7 @@ def figures_of(measured: Measured, run: str) -> Iterator[tuple[str, Any]]:
             fig.suptitle(f"{task}, {run}", fontsize=9)
             yield f"{name}_{task}", fig
     gains = interplay_rows(measured.episodes[measured.episodes.run == run])
-    if any(levels_of(kind, gains) for kind in DIFFICULTIES):
+    if ways_of(gains):
         yield "gains", plot_gains(gains)
     if len(plain := gains[gains.task == "pusht_kp"]):
         yield "variants", plot_ablation(plain)

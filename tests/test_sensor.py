@@ -5,7 +5,7 @@ import pytest
 
 from dpag.config import SettingsError
 from dpag.data import Demonstrations
-from dpag.interplay import interplay_rows, levels_of
+from dpag.interplay import interplay_rows, levels_of, ways_of
 from dpag.settings import load
 from dpag.tasks.base import TASKS, get_task
 from dpag.tasks.pusht.env import PushTDictEnv, as_demonstrations
@@ -146,3 +146,10 @@ def test_levels_are_in_order_of_difficulty():
     assert not levels_of("noise", alone) and not levels_of("few", alone)
     both = levels_of("few", pd.concat([long, alone]))
     assert list(both) == ["pusht_kp_noise_0", "pusht_kp_few_100", "pusht_kp_few_10"]
+    ball = interplay_rows(pd.DataFrame([r | {"task": "dynamic_pusht_kp"} for r in rows if "_2" in r["task"]]))
+    assert [list(way) for way in ways_of(pd.concat([long, ball]))] == [
+        ["pusht_kp_few_100", "pusht_kp_few_10"],
+        ["pusht_kp_noise_2", "pusht_kp_noise_10"],
+        ["dynamic_pusht_kp"],
+    ]
+    assert not ways_of(alone)
