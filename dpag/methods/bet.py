@@ -49,6 +49,8 @@ class BETConfig(MethodConfig):
     "γ of the focal loss; 0 is cross entropy."
     offset_weight: Weight = 1000.0
     "w: weight of the offset's squared error."
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    "Of the choice of a bin when acting: 1 draws by p_b, less prefers the likely bins."
 
 # %% ../../nbs/methods/bet.ipynb #de36e875
 def action_centres(
@@ -158,6 +160,7 @@ class BETPolicy(ChunkPolicy):
     ) -> Float[Tensor, "batch executed action"]:
         "Actions for observations `(B, n_obs_steps, …)`: a bin is drawn, its offset added."
         logits, offsets = (v[:, -1] for v in self.predict(self.encode(obs)[0]))
-        bins = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
+        p = (logits.float() / self.method.temperature).softmax(-1)
+        bins = torch.multinomial(p, 1, generator=generator)[:, 0]
         last = self.centres[bins] + offsets[torch.arange(len(bins)), bins]
         return self.executed(last[:, None].expand(-1, self.horizon, -1), obs)

@@ -34,6 +34,8 @@ class LSTMGMMConfig(MethodConfig):
     "M: Gaussians in the mixture (robomimic: 5)."
     min_std: PositiveFloat = 0.0001
     "Least deviation of a Gaussian, in normalised units (robomimic: 1e-4)."
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    "Of the choice of a Gaussian when acting: 1 draws by the weights, less prefers the heavy ones."
     context: Literal["whole", "drawn"] = "whole"
     "Steps that an act sees: `whole`, all of the sequence; `drawn`, any number of them (see `last_steps`)."
 
@@ -56,11 +58,15 @@ def robomimic_algo(method: LSTMGMMConfig, *, latent_dim: int, action_dim: int, s
 
 # %% ../../nbs/methods/lstm_gmm.ipynb #e18445ac
 def draw_at(
-    mixture: distributions.MixtureSameFamily, step: Int[Tensor, " batch"], generator: torch.Generator
+    mixture: distributions.MixtureSameFamily,
+    step: Int[Tensor, " batch"],
+    generator: torch.Generator,
+    temperature: float = 1.0,
 ) -> Float[Tensor, "batch action"]:
-    "An action from each row's `step` of a mixture over `(B, T, D)`."
+    "An action from each row's `step` of a mixture over `(B, T, D)`; its Gaussian by `w^(1/temperature)`."
     rows = torch.arange(len(step), device=step.device)
-    mode = torch.multinomial(mixture.mixture_distribution.probs[rows, step], 1, generator=generator)[:, 0]
+    weights = (mixture.mixture_distribution.logits[rows, step] / temperature).softmax(-1)
+    mode = torch.multinomial(weights, 1, generator=generator)[:, 0]
     components: Any = mixture.component_distribution
     gaussians = components.base_dist
     mean, std = gaussians.loc[rows, step, mode], gaussians.scale[rows, step, mode]
@@ -114,5 +120,5 @@ class LSTMGMMPolicy(ChunkPolicy):
         self.actor.eval()  # low noise
         mixture = self.actor.forward_train({"latent": last_steps(mu, n)})
         self.actor.train(was_training)
-        drawn = draw_at(mixture, n - 1, generator)
+        drawn = draw_at(mixture, n - 1, generator, self.method.temperature)
         return self.executed(drawn[:, None].expand(-1, self.horizon, -1), obs)
