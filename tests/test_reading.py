@@ -312,6 +312,15 @@ def a_task():
     return Task("made_up", "Made up", shapes, 9, 0.1, lambda: None, {"file": source}, ranges), arrays
 
 
+def test_what_a_task_does_not_observe_is_not_learned_from(a_task):
+    task, arrays = a_task
+    arrays["state"] = np.zeros((30, 5))
+    demos = task.demonstrations("file")
+    assert demos.shapes == task.shapes and "state" in demos.arrays
+    windows = WindowDataset.of(demos, horizon=4, n_obs_steps=2, n_action_steps=2)
+    assert windows.shapes == task.shapes
+
+
 def test_what_a_task_says_of_its_arrays_is_checked(a_task):
     task, arrays = a_task
     assert np.array_equal(task.demonstrations("file").arrays["image"], film())

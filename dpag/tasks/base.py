@@ -12,7 +12,7 @@ import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,17 +47,19 @@ class Task:
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def demonstrations(self, source: str, *, parts=None, folder="data") -> Demonstrations:
-        """Demonstrations of a `source`, which fit `shapes` and `ranges`, with images as bytes. A script goes
-        on from what the folder `parts` holds; files are looked for in, or downloaded into, `folder`.
+        """Demonstrations of a `source`, which fit `shapes` (their `meta` has them, too) and `ranges`, with
+        images as bytes. A script goes on from what the folder `parts` holds; files are looked for in, or
+        downloaded into, `folder`.
 
         Raises SettingsError for a source that this task does not have, ValueError as `fitted` does."""
         if source not in self.sources:
             raise SettingsError(f"demos = {source!r}: {self.name} has {', '.join(self.sources)}")
         demos = self.sources[source](parts=parts, folder=Path(folder))
         try:
-            return fitted(demos, self.shapes.steps, self.ranges)
+            demos = fitted(demos, self.shapes.steps, self.ranges)
         except ValueError as e:
             raise ValueError(f"{self.name}, demos = {source}: {e}") from None
+        return replace(demos, meta={**demos.meta, "shapes": asdict(self.shapes)})
 
 # %% ../../nbs/07_tasks.ipynb #d4c1f191
 class TaskConfig(Strict):
