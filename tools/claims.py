@@ -204,6 +204,24 @@ class Rows:
         (row,) = rows.itertuples()
         return Value(getattr(row, column), getattr(row, "ci_low", np.nan), getattr(row, "ci_high", np.nan))
 
+    def unseen(self, task, method, column="denoise", windows="left out") -> float:
+        "An error of the study of what was left out, the mean over the training seeds."
+        rows = self.study("interplay-human", "left_out", "errors.csv")
+        of_method = (rows.task == task) & (rows.method == method)
+        return rows[of_method & (rows.windows == windows)][column].mean()
+
+    def replanned(self, method, every, base=None, way="none", column="score") -> Value:
+        "Of the study of how often to plan: a method's score (or `column`), or its difference to `base`."
+        rows = self.study(
+            "interplay-human", "replanning_pusht_kp", "methods.csv" if base else "replanning.csv"
+        )
+        for name, value in {"method": method, "every": every, "residual": way}.items():
+            rows = rows[rows[name] == value]
+        (row,) = (rows[rows.base == base] if base else rows).itertuples()
+        column = "difference" if base else column
+        low, high = (f"{column}_low", f"{column}_high") if column == "gain" else ("ci_low", "ci_high")
+        return Value(getattr(row, column), getattr(row, low), getattr(row, high))
+
     def errors(self) -> pd.DataFrame:
         "The errors of the spirals, by training seed and model."
         rows = pd.read_csv(self.results.spirals("laptop") / "runs.csv")
