@@ -27,7 +27,7 @@ from dpag import paper
 from dpag.files import read_text, write_text
 from dpag.paths import Cell, Results, published
 from dpag.rows import read_rows
-from dpag.stats import mean_interval
+from dpag.stats import matrix, mean_interval, paired_difference
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = ROOT / "tools/claims.yaml"
@@ -221,6 +221,12 @@ class Rows:
         column = "difference" if base else column
         low, high = (f"{column}_low", f"{column}_high") if column == "gain" else ("ci_low", "ci_high")
         return Value(getattr(row, column), getattr(row, low), getattr(row, high))
+
+    def sooner(self, method, every, than=8) -> Value:
+        "What planning again after `every` steps changes of a method's score, without residual guidance."
+        rows = self.study("interplay-human", "replanning_pusht_kp", "episodes.csv")
+        rows = rows[(rows.method == method) & (rows.residual == "none")]
+        return Value(*paired_difference(*(matrix(rows[rows.every == e], "score") for e in (every, than))))
 
     def errors(self) -> pd.DataFrame:
         "The errors of the spirals, by training seed and model."
