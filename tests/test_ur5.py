@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -216,7 +217,8 @@ def test_recorded_demonstrations_are_read_from_the_labs_folder(name, tmp_path):
     record(folder, steps(task, 4), end=False)  # interrupted
     demos = task.demonstrations("recorded", folder=tmp_path)
     assert demos.episode_ends.tolist() == [5, 8]
-    assert demos.meta == {"source": "recorded", "episodes": [{"who": "Ada"}, {"who": "Ben"}]}
+    about = {"source": "recorded", "episodes": [{"who": "Ada"}, {"who": "Ben"}]}
+    assert demos.meta == {**about, "shapes": asdict(task.shapes)}
     first = list(steps(task, 5))
     for key, shape in {**task.shapes.obs, "action": (task.shapes.action_dim,)}.items():
         assert demos.arrays[key].shape == (8, *shape)
