@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_CODE', 'EXPERIMENTS', 'source_of', 'code_of', 'imported', 'closure', 'code', 'wanted_cells', 'data_stage',
-           'cell_stage', 'processes_of', 'study_stage', 'studies', 'sampling_stages', 'acts_on', 'replanning_stages',
-           'make_plan', 'plan_path', 'stage_names', 'read_plan', 'write_plan', 'main']
+           'cell_stage', 'processes_of', 'study_stage', 'studies', 'sampling_stages', 'acts_on', 'task_studies',
+           'replanning_stages', 'make_plan', 'plan_path', 'stage_names', 'read_plan', 'write_plan', 'main']
 
 # %% ../nbs/12_plan.ipynb #7f0e3ea4
 import argparse
@@ -197,18 +197,26 @@ def acts_on(cell: CellSettings) -> dict:
     return {"evaluate": evaluate, "task": cell.task.model_dump(mode="json")}
 
 
-def replanning_stages(settings: Settings, cells: list[Cell]) -> dict[str, dict]:
-    "The stages that measure how often to plan again, one for each task that is trained."
-    stages, run, s = {}, settings.run, settings.replanning
+def task_studies(settings: Settings, cells: list[Cell], section: str, notebook: str) -> dict[str, dict]:
+    "The stages of a study of chosen trained policies, one for each task that is trained."
+    stages, run, s = {}, settings.run, getattr(settings, section)
     for task, methods in s.tasks.items():
         if any(c.task == task and c.train_seed in methods.get(c.method, []) for c in cells):
             kinds = {settings.method(method).kind for method in methods}
             modules = [TASKS[task].module, *sorted(METHODS[kind].module for kind in kinds)]
-            acts = {method: acts_on(settings.cell(task, method)) for method in methods}
-            asked = {**s.model_dump(mode="json"), "tasks": {task: methods}, "acts": acts}
+            asked = {**s.model_dump(mode="json"), "tasks": {task: methods}}
             parts = {"task": task, "settings": asked}
-            notebook = f"{EXPERIMENTS}/e10_replanning.ipynb"
-            stages[f"{run}-{task}"] = {"run": run, **parts, "code": code(notebook, *modules)}
+            made_by = code(f"{EXPERIMENTS}/{notebook}.ipynb", *modules)
+            stages[f"{run}-{task}"] = {"run": run, **parts, "code": made_by}
+    return stages
+
+
+def replanning_stages(settings: Settings, cells: list[Cell]) -> dict[str, dict]:
+    "The stages that measure how often to plan again."
+    stages = task_studies(settings, cells, "replanning", "e10_replanning")
+    for stage in stages.values():
+        methods = stage["settings"]["tasks"][stage["task"]]
+        stage["settings"]["acts"] = {m: acts_on(settings.cell(stage["task"], m)) for m in methods}
     return stages
 
 
@@ -226,6 +234,7 @@ def make_plan(settings: Settings) -> dict:
         "lab": {f"{run}-{c.name}": stage for c, stage in lab.items()},
         "sampling": sampling_stages(settings, cells),
         "replanning": replanning_stages(settings, cells),
+        "latent_scale": task_studies(settings, cells, "latent_scale", "e11_latent_scale"),
         **studies(settings, cells),
     }
 

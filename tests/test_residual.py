@@ -359,10 +359,27 @@ def test_what_cannot_be_measured_is_refused_by_name(replanning, words):
         validate({**TRAINED, "replanning": replanning})
 
 
-def test_measuring_it_changes_no_other_stage():
-    few = {"tasks": {"pusht_kp": {"dp": [1]}}}
-    without, with_it = (make_plan(validate({**TRAINED, **more})) for more in ({}, {"replanning": few}))
-    (stage,) = with_it.pop("replanning").values()
-    assert without.pop("replanning") == {} and without == with_it
-    assert stage["settings"]["tasks"] == few["tasks"] and "dpag.methods.dp" in stage["code"]
-    assert make_plan(load("laptop-scripted"))["replanning"] == {}
+@pytest.mark.parametrize("study", ["replanning", "latent_scale"])
+def test_a_study_of_chosen_policies_changes_no_other_stage(study):
+    trained, few = {"pipeline": {"pusht_kp": {"dp": [0], "dp_ag": [0, 1]}}}, {"pusht_kp": {"dp_ag": [1]}}
+    trees = trained, {**trained, study: {"tasks": few}}
+    without, with_it = (make_plan(validate(tree)) for tree in trees)
+    (stage,) = with_it.pop(study).values()
+    assert without.pop(study) == {} and without == with_it
+    assert stage["settings"]["tasks"] == few and "dpag.methods.dp_ag" in stage["code"]
+    assert make_plan(load("laptop-scripted"))[study] == {}
+
+
+@pytest.mark.parametrize(
+    "asked,words",
+    [
+        ({"pusht_kp": {"dp_ag": [0, 2]}}, r"latent_scale.tasks.pusht_kp.dp_ag = \[2\]: pipeline trains no"),
+        ({"lift_ph": {"dp_ag": [0]}}, r"latent_scale.tasks.lift_ph.dp_ag = \[0\]: pipeline trains no"),
+        ({"pusht_kp": {"dp": [0]}}, "latent_scale.tasks.pusht_kp.dp: dp has no variational latent"),
+        ({"pusht_kp": {"dp_ag": []}}, "latent_scale.tasks.pusht_kp.dp_ag"),
+    ],
+)
+def test_the_scale_of_a_latent_is_asked_of_what_was_trained_with_one(asked, words):
+    tree = {"pipeline": {"pusht_kp": {"dp": [0], "dp_ag": [0]}}, "latent_scale": {"tasks": asked}}
+    with pytest.raises(SettingsError, match=words):
+        validate(tree)

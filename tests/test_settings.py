@@ -25,7 +25,7 @@ from dpag.policy import METHODS, PolicyConfig
 from dpag.tasks.base import TASKS
 from dpag.train import TrainConfig, ema_decay, fit
 
-PROFILES = ("smoke", "workstation", "paper", "paper-core")
+PROFILES = ("smoke", "workstation", "interplay", "paper", "paper-core")
 RUNS = [f"{p}-{d}" for p in ("laptop", *PROFILES) for d in ("scripted", "human")]
 
 
