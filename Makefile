@@ -24,7 +24,7 @@ LEROBOT := .lerobot-venv
 .PHONY: help demo repro ray test lint lab docs install bench lerobot hashes audit clean
 help:
 	@echo "make demo      two trained policies at work: films, in less than a minute after the installation"
-	@echo "make repro [PROFILE=smoke|laptop|workstation|interplay|paper|paper-core] [DEMOS=scripted|human] [JOBS=n] [ONLY=part of a stage name] [RAY=auto|ray://…] [DRY=1]"
+	@echo "make repro [PROFILE=smoke|laptop|workstation|interplay|paper|paper-core] [DEMOS=scripted|human] [JOBS=n] [ONLY=parts of stage names] [RAY=auto|ray://…] [DRY=1]"
 	@echo "               regenerate the tables, into results/runs"
 	@echo "make test      formatting, types, export check, notebooks, pytest"
 	@echo "make lint      formatting and types alone"

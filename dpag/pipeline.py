@@ -73,14 +73,18 @@ def needed_by(stages: set, graph: dict) -> set[str]:
 
 # %% ../nbs/12_pipeline.ipynb #d86cd178
 def matching(only: str, graph: dict) -> set[str]:
-    "The stages with `only` in their names, and what they need. Raises SettingsError where there are none."
-    found = {s for s in graph if only in s}
-    if not found:
-        kinds = sorted({s.partition("@")[0] for s in graph})
-        named = ", ".join(sorted(s for s in graph if s.startswith("train@"))[:8])
-        raise SettingsError(
-            f"ONLY = {only!r} matches no stage; there are {', '.join(kinds)}, such as {named}, …"
-        )
+    """The stages with `only` in their names, or with one of its parts, which commas divide, and what they
+    need. Raises SettingsError for a part that is in no name."""
+    found: set[str] = set()
+    for part in only.split(","):
+        of_part = {s for s in graph if part and part in s}
+        if not of_part:
+            kinds = sorted({s.partition("@")[0] for s in graph})
+            named = ", ".join(sorted(s for s in graph if s.startswith("train@"))[:8])
+            raise SettingsError(
+                f"ONLY = {part!r} matches no stage; there are {', '.join(kinds)}, such as {named}, …"
+            )
+        found |= of_part
     return needed_by(found, graph)
 
 # %% ../nbs/12_pipeline.ipynb #1da3a7bc
