@@ -5,7 +5,7 @@ import pytest
 
 from dpag.config import SettingsError
 from dpag.data import Demonstrations
-from dpag.interplay import interplay_rows, levels_of, ways_of
+from dpag.interplay import interplay_rows, levels_of, ways_of, with_lengths
 from dpag.settings import load
 from dpag.tasks.base import TASKS, get_task
 from dpag.tasks.pusht.env import PushTDictEnv, as_demonstrations
@@ -153,3 +153,16 @@ def test_levels_are_in_order_of_difficulty():
         ["dynamic_pusht_kp"],
     ]
     assert not ways_of(alone)
+    longer = interplay_rows(
+        pd.DataFrame(
+            [
+                r | {"task": "pusht_kp", "method": r["method"] + end}
+                for r in rows
+                for end in ("", "_50k")
+                if "_2" in r["task"]
+            ]
+        )
+    )
+    assert list(ways_of(pd.concat([longer, alone]))[0]) == ["pusht_kp_noise_0", "pusht_kp", "pusht_kp_50k"]
+    of_longer = with_lengths(longer).query("task == 'pusht_kp_50k'")
+    assert set(of_longer.method) == {"ab_dp", "ab_full"} and "score_minus_dp" in set(of_longer.metric)
