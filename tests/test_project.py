@@ -176,6 +176,16 @@ def test_notebooks_follow_the_house_rules():
     assert np.median(lengths) < 15
 
 
+def test_every_study_says_where_its_rows_come_from():
+    "A notebook that writes rows of its own notes the commit, the machine and the versions beside them."
+    unsigned = [
+        path.name
+        for path in sorted((root() / "nbs/experiments").glob("*.ipynb"))
+        if "atomic(" in read_text(path) and not re.search(r"\b(sign|provenance)\(", read_text(path))
+    ]
+    assert unsigned == []
+
+
 def test_nothing_committed_names_a_machine():
     files = subprocess.run(["git", "-C", str(root()), "ls-files"], capture_output=True, text=True, check=True)
     for f in files.stdout.split():
