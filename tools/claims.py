@@ -222,6 +222,11 @@ class Rows:
         low, high = (f"{column}_low", f"{column}_high") if column == "gain" else ("ci_low", "ci_high")
         return Value(getattr(row, column), getattr(row, low), getattr(row, high))
 
+    def latent(self, method, column) -> float:
+        "A number of the study of the latent's scale, the mean over the training seeds."
+        rows = self.study("interplay-human", "latent_scale_pusht_kp", "latent_scale.csv")
+        return rows[rows.method == method][column].mean()
+
     def sooner(self, method, every, than=8) -> Value:
         "What planning again after `every` steps changes of a method's score, without residual guidance."
         rows = self.study("interplay-human", "replanning_pusht_kp", "episodes.csv")
