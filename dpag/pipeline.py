@@ -74,9 +74,9 @@ def needed_by(stages: set, graph: dict) -> set[str]:
 # %% ../nbs/12_pipeline.ipynb #d86cd178
 def matching(only: str, graph: dict) -> set[str]:
     """The stages with `only` in their names, or with one of its parts, which commas divide, and what they
-    need. Raises SettingsError for a part that is in no name."""
-    found: set[str] = set()
-    for part in only.split(","):
+    need; all where it is empty. Raises SettingsError for a part that is in no name."""
+    found = set() if only else set(graph)
+    for part in only.split(",") if only else ():
         of_part = {s for s in graph if part and part in s}
         if not of_part:
             kinds = sorted({s.partition("@")[0] for s in graph})
