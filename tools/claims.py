@@ -155,6 +155,12 @@ class Rows:
         difference = self.episodes(run, task, method).score - self.episodes(run, task, base).score
         return Value(*mean_interval(difference.unstack("state_seed").to_numpy()))
 
+    def ddpm_means(self, method) -> dict[int, float]:
+        "The mean score of each training seed of a variant of the interplay, acting by 100 steps of DDPM."
+        folder = self.results.evaluation(Cell("interplay-human", "pusht_kp", method, 0)).parent
+        rows = {path.parent.name: pd.read_csv(path) for path in folder.glob("s*/acting.csv")}
+        return {int(name[1:]): r[r.acting == "ddpm"].score.mean() for name, r in rows.items()}
+
     def jerk_by_seed(self, run, task, method="dp_ag", base="dp") -> list[float]:
         "The paired ratio of the agent's jerk for each training seed."
         a, b = (self.episodes(run, task, m).jerk_agent for m in (method, base))
