@@ -75,8 +75,10 @@ def needed_by(stages: set, graph: dict) -> set[str]:
 def matching(only: str, graph: dict) -> set[str]:
     """The stages with `only` in their names, or with one of its parts, which commas divide, and what they
     need; all where it is empty. Raises SettingsError for a part that is in no name."""
-    found = set() if only else set(graph)
-    for part in only.split(",") if only else ():
+    if not only:
+        return set(graph)
+    found: set[str] = set()
+    for part in only.split(","):
         of_part = {s for s in graph if part and part in s}
         if not of_part:
             kinds = sorted({s.partition("@")[0] for s in graph})
