@@ -16,7 +16,7 @@ from .config import SettingsError
 from .files import DamagedError, atomic_folder, read_text
 from .hub import write_card
 from .paths import Cell, Results, cell_of, own, published
-from .policy import ChunkPolicy, load_policy
+from .policy import METHODS, ChunkPolicy, load_policy
 from .rows import check_cell, read_run
 
 # %% ../nbs/16_weights.ipynb #00c1ea00
@@ -38,10 +38,9 @@ def check_rows_are_of(meta: dict, run: dict, cell: Cell, where: Path):
     training of the cell; the message names what differs, and in which checkpoint, `where`."""
     info = meta["info"]
     check_cell(info, cell, where)
-    if meta["method"]["kind"] != cell.method:
-        raise SettingsError(
-            f"{where}: method = {meta['method']['kind']!r}, but the rows are of {cell.method!r}"
-        )
+    kind = meta["method"]["kind"]
+    if cell.method in METHODS and kind != cell.method:  # a variant's name is in its settings' hash alone
+        raise SettingsError(f"{where}: method = {kind!r}, but the rows are of {cell.method!r}")
     if wrong := [k for k in SAME if info.get(k) != run.get(k) or k not in run]:
         k = wrong[0]
         raise SettingsError(

@@ -23,7 +23,8 @@ from dpag.provenance import processor
 from dpag.rows import read_episodes
 from dpag.weights import LARGEST, load_shipped, ship, shipped_cells, size_of
 
-CELLS = [*PUSH_T.cells, *ARM.cells]
+HUMAN = [Cell("interplay-human", "pusht_kp", method, 0) for method in ("ab_dp_50k", "ab_full_50k")]
+CELLS = [*PUSH_T.cells, *ARM.cells, *HUMAN]
 
 
 def committed(cell, column):
@@ -63,7 +64,7 @@ def test_they_load_without_a_network_or_pickles(monkeypatch, cell):
     assert not policy.training and (run["task"], run["method"]) == (cell.task, cell.method)
 
 
-@pytest.mark.parametrize("cell", PUSH_T.cells, ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", [*PUSH_T.cells, HUMAN[1]], ids=lambda c: c.name)
 def test_the_committed_rows_come_out_again(cell):
     "To the last digit where they were measured; elsewhere contacts let the last digits grow."
     shown = watch(cell)
@@ -106,6 +107,25 @@ def test_a_checkpoint_is_shipped_with_its_rows(trees):
     assert run == json.loads(read_text(into.evaluation(cell) / "run.json")) and not list(
         into.folder.rglob(".*")
     )
+
+
+def test_a_variants_checkpoint_is_shipped_with_its_own_rows_alone(tried, tmp_path):
+    "Its `kind` is DP-AG's: the settings tell it from another variant."
+    source, into, other = (
+        Results(tmp_path / "runs"),
+        Results(tmp_path / "results"),
+        published().shipped(HUMAN[0]),
+    )
+    for cell in HUMAN:
+        shutil.copytree(published().evaluation(cell), into.evaluation(cell))
+    shutil.copytree(published().shipped(HUMAN[1]) / "checkpoint", source.checkpoint(HUMAN[1]))
+    ship(HUMAN[1], source, into)
+    assert load_shipped(HUMAN[1], into)[0].method.kind == "dp_ag"
+    shutil.copytree(other / "checkpoint", source.checkpoint(HUMAN[0]))
+    shutil.rmtree(source.checkpoint(HUMAN[1]))
+    shutil.copytree(other / "checkpoint", source.checkpoint(HUMAN[1]))
+    with tried.refused("shipped weights", SettingsError, match="settings_hash = .* but the rows are of"):
+        ship(HUMAN[1], source, into)
 
 
 @pytest.mark.parametrize("field", weights.SAME)
