@@ -106,8 +106,8 @@ def levels_of(kind: str, long: pd.DataFrame) -> dict[str, str]:
     title, levels = DIFFICULTIES[kind]
     order = sorted(levels, reverse=kind == "few")
     names = {f"pusht_kp_{kind}_{level}": title.format(level) for level in order}
-    if 0 not in levels:
-        names = {AS_IT_IS: "as it is", **names}
+    if 0 not in levels or AS_IT_IS in names:
+        names = {AS_IT_IS: "as it is", **{task: name for task, name in names.items() if task != AS_IT_IS}}
     found = {task: name for task, name in names.items() if (long.task == task).any()}
     return {} if set(found) == {AS_IT_IS} else found
 
@@ -150,10 +150,16 @@ def plot_gains(long: pd.DataFrame, metric: str = "score_minus_dp") -> Figure:
     """Paired differences to DP with their intervals, against the difficulty; `long` is of one run, which has
     such tasks."""
     ways, long = ways_of(long), with_lengths(long)
-    shape: Any = {"figsize": (3.2 * len(ways) + 1, 3.2), "sharey": True, "squeeze": False}
-    fig, axes = plt.subplots(1, len(ways), **shape)
-    for ax, tasks in zip(axes[0], ways):
+    n_columns = min(3, len(ways) + 1)  # one is for the legend
+    n_rows = -(-(len(ways) + 1) // n_columns)
+    shape: Any = {"figsize": (3.4 * n_columns, 3.2 * n_rows), "sharey": True, "squeeze": False}
+    fig, axes = plt.subplots(n_rows, n_columns, **shape)
+    for ax, tasks in zip(axes.flat, ways):
         _draw_gains(ax, long, tasks, metric)
-    axes[0, 0].set_ylabel("score minus DP's [95 %]")
-    axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("score minus DP's [95 %]")
+    for ax in axes.flat[len(ways) :]:
+        ax.axis("off")
+    axes.flat[len(ways)].legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, loc="center left")
+    fig.tight_layout()
     return fig

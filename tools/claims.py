@@ -155,6 +155,14 @@ class Rows:
         difference = self.episodes(run, task, method).score - self.episodes(run, task, base).score
         return Value(*mean_interval(difference.unstack("state_seed").to_numpy()))
 
+    def gain_beside(self, run, task, other) -> Value:
+        "How much more DP-AG gains over DP than on another task, with an interval from these seeds alone."
+        gains = [
+            self.episodes(run, t, "ab_full").score - self.episodes(run, t, "ab_dp").score
+            for t in (task, other)
+        ]
+        return Value(*mean_interval((gains[0] - gains[1]).unstack("state_seed").to_numpy()))
+
     def ddpm_means(self, method) -> dict[int, float]:
         "The mean score of each training seed of a variant of the interplay, acting by 100 steps of DDPM."
         folder = self.results.evaluation(Cell("interplay-human", "pusht_kp", method, 0)).parent
