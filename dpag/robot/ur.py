@@ -191,7 +191,7 @@ def read_state(memory, tries: int = 500) -> RobotState:
         if before == after and before % 2 == 0:
             return RobotState(values[0], values[1], *np.array(values[2:]).reshape(5, 6))
         time.sleep(0.0005)
-    raise Stopped("the arm's state is half written: the streaming process has died while it wrote")
+    raise Stopped("the arm's state is half written: the streaming process died or stood still while it wrote")
 
 # %% ../../nbs/hardware/ur.ipynb #a82a06bf
 def take_orders(pipe, follower: Follower) -> str:
