@@ -106,8 +106,10 @@ def levels_of(kind: str, long: pd.DataFrame) -> dict[str, str]:
     title, levels = DIFFICULTIES[kind]
     order = sorted(levels, reverse=kind == "few")
     names = {f"pusht_kp_{kind}_{level}": title.format(level) for level in order}
-    if 0 not in levels or AS_IT_IS in names:
-        names = {AS_IT_IS: "as it is", **{task: name for task, name in names.items() if task != AS_IT_IS}}
+    if 0 not in levels:
+        names = {AS_IT_IS: "", **names}
+    if AS_IT_IS in names:
+        names[AS_IT_IS] = "as it is"
     found = {task: name for task, name in names.items() if (long.task == task).any()}
     return {} if set(found) == {AS_IT_IS} else found
 
