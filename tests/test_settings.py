@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from dpag import settings as s
+from dpag.ablation import SAME_RATE, variant
 from dpag.config import SettingsError, merge
 from dpag.cost import stand_in_policy
 from dpag.files import root
+from dpag.interplay import base_of
 from dpag.policy import METHODS, PolicyConfig
+from dpag.rows import is_variant
 from dpag.tasks.base import TASKS
 from dpag.train import TrainConfig, ema_decay, fit
 
@@ -41,6 +44,21 @@ def test_profiles_are_valid(run):
     cells = {(t, m) for t, methods in settings.pipeline.items() for m in methods}
     for task, method in cells:
         assert settings.cell(task, method).policy.horizon >= 2
+
+
+@pytest.mark.parametrize("run", ["interplay-human", "interplay-scripted", "workstation-scripted"])
+def test_variants_that_are_compared_at_equal_steps_train_for_as_many(run):
+    settings = s.load(run)
+    study = settings.ablation
+    tasks = settings.pipeline | ({study.task: dict.fromkeys(study.methods)} if study.methods else {})
+    pairs = {}
+    for task, methods in tasks.items():
+        variants = [m for m in methods if is_variant(m) and not m.startswith("ab_dp_long")]
+        for m in variants:
+            assert variant(m)[0] != "other", f"{m} has no title"
+            if base := SAME_RATE.get(m) or base_of(m, "ab_dp", variants):
+                pairs[task, m] = [settings.cell(task, each).train.steps for each in (m, base)]
+    assert pairs and {cell: steps for cell, steps in pairs.items() if steps[0] != steps[1]} == {}
 
 
 def test_params_is_committed_as_the_laptop_profile():
